@@ -1,0 +1,53 @@
+//! Bytes from NVMe drives and files into GPU memory, announced to a running kernel.
+//!
+//! Each layer is usable alone and is written only with those below it:
+//!
+//! | layer | what it is | module |
+//! |---|---|---|
+//! | memory | what bytes land in, and the GPU's address of it | [`memory`] |
+//! | stream | one io_uring, one thread, driven by the caller: submit, poll, a tail word | [`uring`] |
+//!
+//! [`wire`] holds the words shared with consumers, [`error`] what can go wrong; every raw system call is in the private
+//! module `sys`.
+//!
+//! ```
+//! use ringest::{AsyncUringStream, DirectMode, InputFile, IoUringState, MappedBuffer, RingOptions};
+//! use std::sync::atomic::{AtomicU64, Ordering};
+//!
+//! # fn main() -> ringest::Result<()> {
+//! # std::fs::write("/tmp/ringest-doc", [7u8; 8192]).unwrap();
+//! let file = InputFile::open("/tmp/ringest-doc", DirectMode::Auto)?;
+//! let mut memory = MappedBuffer::<u8>::alloc(8192)?;
+//! let tail = AtomicU64::new(0); // what a consumer, on the CPU or the GPU, follows
+//!
+//! let mut stream = AsyncUringStream::new(IoUringState::new(RingOptions::default())?, memory.share(), &tail)?;
+//! stream.submit_read_to_gpu(&file, 0, 0, 4096)?;
+//! stream.submit_read_to_gpu(&file, 4096, 1, 4096)?;
+//! stream.wait_for_completion(2, None)?;
+//! assert_eq!(stream.poll()?, 2);
+//! assert_eq!(tail.load(Ordering::Acquire), 2);
+//! drop(stream);
+//! assert!(memory.as_slice()?.iter().all(|&byte| byte == 7));
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod error;
+pub mod memory;
+mod sys;
+#[cfg(feature = "testing")]
+#[doc(hidden)]
+pub mod testing;
+pub mod uring;
+pub mod wire;
+
+pub use error::{PipelineError, Result};
+pub use memory::{AnyBits, GpuMappedBuffer, HugePages, MappedBuffer, MappedOptions, MemoryKind};
+pub use uring::{
+    AsyncUringStream, CloseReport, Completion, DirectAlignment, DirectMode, FileRef, InputFile, IoUringState,
+    LeakStats, MovableStream, ReadPath, RingFeatures, RingOptions, SharedBuffers, SqPoll, StreamOptions, StreamStats,
+    TailLine, TailWord, leak_stats,
+};
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("ringest drives io_uring and needs Linux");

@@ -1,0 +1,153 @@
+//! Anonymous, page-aligned memory.
+
+use super::{Errno, check, fault};
+use std::ptr::NonNull;
+
+/// How a mapping wants its pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HugePages {
+    /// Transparent huge pages are asked for (`MADV_HUGEPAGE`) when the buffer holds at least one; base pages otherwise.
+    #[default]
+    Advise,
+    /// Base pages only.
+    Off,
+    /// Pages from the kernel's huge-page pool (`MAP_HUGETLB`, 2 MiB); ENOMEM when the pool is empty.
+    Require,
+}
+
+/// Size of a huge page that `HugePages` speaks of.
+pub(crate) const HUGE_PAGE: usize = 2 << 20;
+
+/// Size of a base page.
+pub(crate) fn page_size() -> usize {
+    use std::sync::OnceLock;
+    static SIZE: OnceLock<usize> = OnceLock::new();
+    *SIZE.get_or_init(|| {
+        // SAFETY: sysconf has no preconditions.
+        let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        usize::try_from(size).unwrap_or(4096)
+    })
+}
+
+/// An owned anonymous mapping; unmapped on drop.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a mapping is plain memory, owned by this value, valid from any thread of the process.
+unsafe impl Send for Mapping {}
+// SAFETY: the value itself is immutable; access to the bytes goes through raw pointers whose users carry the proof.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes (rounded up to whole pages) at a multiple of `align`, a power of two.
+    ///
+    /// The memory is zeroed and kept out of forked children (`MADV_DONTFORK`): a copy-on-write of a page under DMA
+    /// would tear the parent's data.
+    pub(crate) fn anonymous(len: usize, align: usize, huge: HugePages) -> Result<Self, Errno> {
+        debug_assert!(align.is_power_of_two() && len > 0);
+        let (page, flags) = match huge {
+            HugePages::Require => (HUGE_PAGE, libc::MAP_HUGETLB | libc::MAP_HUGE_2MB),
+            _ => (page_size(), 0),
+        };
+        let align = if huge == HugePages::Advise && len >= HUGE_PAGE { align.max(HUGE_PAGE) } else { align }.max(page);
+        let len = len.checked_next_multiple_of(page).ok_or(libc::ENOMEM)?;
+        let padded = len.checked_add(align - page).ok_or(libc::ENOMEM)?;
+        if isize::try_from(padded).is_err() {
+            return Err(libc::ENOMEM);
+        }
+        fault::point("mmap")?;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing memory.
+        let raw = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                padded,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags,
+                -1,
+                0,
+            )
+        };
+        if raw == libc::MAP_FAILED {
+            return Err(super::last_errno());
+        }
+        let start = raw as usize;
+        let aligned = start.next_multiple_of(align);
+        let base = NonNull::new(raw.cast::<u8>().wrapping_add(aligned - start)).ok_or(libc::ENOMEM)?;
+        // From here on the mapping is owned: every early return unmaps what is left of it.
+        let mapping = Self { base, len };
+        // SAFETY: both ranges are the unused ends of the mapping made above.
+        unsafe {
+            if aligned > start {
+                libc::munmap(raw, aligned - start);
+            }
+            let tail = padded - (aligned - start) - len;
+            if tail > 0 {
+                libc::munmap(base.as_ptr().add(len).cast(), tail);
+            }
+        }
+        mapping.advise(libc::MADV_DONTFORK)?;
+        if huge == HugePages::Advise && len >= HUGE_PAGE {
+            // A kernel without transparent huge pages refuses; base pages serve as well.
+            let _ = mapping.advise(libc::MADV_HUGEPAGE);
+        }
+        Ok(mapping)
+    }
+
+    fn advise(&self, advice: libc::c_int) -> Result<(), Errno> {
+        fault::point("madvise")?;
+        // SAFETY: the range is exactly this mapping, and neither advice used here discards its contents.
+        check(unsafe { libc::madvise(self.base.as_ptr().cast(), self.len, advice) }.into()).map(drop)
+    }
+
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    /// Length in bytes, whole pages.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is owned and nothing refers to it any more: regions keep it behind an `Arc` that every
+        // read in flight holds.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Soft RLIMIT_MEMLOCK of this process in bytes; `None` when unlimited.
+pub(crate) fn memlock_limit() -> Option<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a valid place for the result.
+    let rc = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) };
+    (rc == 0 && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mappings_are_aligned_zeroed_and_whole_pages() {
+        for (len, align) in [(1, 1), (4097, 4096), (3 << 20, 1), (4096, 1 << 20), (8192, 2 << 20)] {
+            let mapping = Mapping::anonymous(len, align, HugePages::Advise).unwrap();
+            assert_eq!(mapping.base().as_ptr() as usize % align.max(page_size()), 0);
+            assert!(mapping.len() >= len && mapping.len() % page_size() == 0);
+            // SAFETY: the mapping is `len` readable bytes or more.
+            let last = unsafe { mapping.base().as_ptr().add(len - 1).read() };
+            assert_eq!(last, 0);
+        }
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused() {
+        for len in [usize::MAX, usize::MAX - 4096, isize::MAX as usize] {
+            assert_eq!(Mapping::anonymous(len, 1, HugePages::Off).unwrap_err(), libc::ENOMEM);
+        }
+    }
+}

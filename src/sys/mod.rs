@@ -1,0 +1,21 @@
+//! Every raw system call and memory mapping of the crate. The only `unsafe` code below the C ABI, apart from the
+//! memory regions and the one place that hands their addresses to the kernel.
+
+pub(crate) mod fault;
+pub(crate) mod file;
+pub(crate) mod mem;
+pub(crate) mod thread;
+pub(crate) mod uring;
+
+/// A positive errno.
+pub(crate) type Errno = i32;
+
+/// The errno of a C library call that returned -1.
+pub(crate) fn last_errno() -> Errno {
+    std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
+}
+
+/// Turns the -1 convention of the C library into a `Result`.
+pub(crate) fn check(value: libc::c_long) -> Result<libc::c_long, Errno> {
+    if value == -1 { Err(last_errno()) } else { Ok(value) }
+}

@@ -1,0 +1,421 @@
+//! The border to the kernel: reads go out with the memory they write to, and come back with it.
+//!
+//! An [`Op`] is owned either by the flight (which decides) or by the queue (while the kernel may write). Because the
+//! queue owns it, and with it a reference to its memory, until the completion has been reaped, memory outlives every
+//! read by construction; a queue dropped earlier leaks what the kernel still holds.
+
+use super::file::{FileRef, Source};
+use super::registry::BufferEntry;
+use super::ring::IoUringState;
+use crate::memory::Region;
+use crate::sys::Errno;
+use io_uring::{opcode, squeue, types};
+use std::mem::ManuallyDrop;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Memory that a read writes to.
+#[derive(Debug, Clone)]
+pub(crate) enum Target {
+    /// Addressed by pointer; the kernel pins it for each read.
+    Plain(Arc<Region>),
+    /// Registered with the ring.
+    Registered(Arc<BufferEntry>),
+}
+
+impl Target {
+    pub(crate) fn region(&self) -> &Region {
+        match self {
+            Self::Plain(region) => region,
+            Self::Registered(entry) => entry.region(),
+        }
+    }
+
+    /// Kernel index for the byte at `offset`, and how far it reaches.
+    pub(crate) fn slot(&self, offset: usize) -> Option<(u16, usize)> {
+        match self {
+            Self::Plain(_) => None,
+            Self::Registered(entry) => entry.slot(offset),
+        }
+    }
+}
+
+/// The next command of an [`Op`].
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// `len` bytes straight to the op's target, through the registration `slot` if there is one.
+    Direct { len: u32, slot: Option<u16> },
+    /// `len` bytes from `file_offset` into a bounce slot; `want` of them, after `skip`, are the op's.
+    Bounce { file_offset: u64, len: u32, skip: u32, want: u32, slot: BounceSlot },
+    /// All of the op's segments at once.
+    Vectored { slot: Option<u16> },
+}
+
+/// A piece of the bounce buffer, lent to one op.
+#[derive(Debug)]
+pub(crate) struct BounceSlot {
+    pub(crate) pool: Target,
+    pub(crate) offset: usize,
+    pub(crate) index: u16,
+}
+
+/// One contiguous stretch of a submission (or a whole scatter list), read by one command at a time.
+#[derive(Debug)]
+pub(crate) struct Op {
+    pub(crate) sequence: u64,
+    pub(crate) file: FileRef,
+    /// File position of the next byte.
+    pub(crate) file_offset: u64,
+    pub(crate) target: Target,
+    /// Where in the target's region the next byte goes. Unused with segments.
+    pub(crate) target_offset: usize,
+    /// Bytes still to come.
+    pub(crate) remaining: usize,
+    /// Scatter list (offset in the region, length); empty for a contiguous op.
+    pub(crate) segments: Vec<(usize, usize)>,
+    pub(crate) command: Command,
+    /// EINTR or EAGAIN since the last progress.
+    pub(crate) retries: u8,
+    /// O_DIRECT alignment, learned late for raw descriptors.
+    pub(crate) direct: Option<super::file::DirectAlignment>,
+}
+
+/// An op whose command has completed, with the CQE's `res`.
+#[derive(Debug)]
+pub(crate) struct Reaped {
+    pub(crate) op: Op,
+    pub(crate) result: i32,
+}
+
+/// Where reads complete: the kernel, or the simulator.
+pub(crate) trait Queue {
+    /// Makes room for one command, submitting earlier ones if need be; false when too many are in flight.
+    fn make_room(&mut self) -> Result<bool, Errno>;
+    /// Queues the op's command. `make_room` has just answered true.
+    fn push(&mut self, op: Op);
+    /// Asks for the submission's commands in flight to be cancelled, as far as the kernel can.
+    fn cancel(&mut self, sequence: u64);
+    /// Whether commands are queued that the kernel has not been told of.
+    fn has_unsubmitted(&mut self) -> bool;
+    /// Whether there are such commands, or completions wait for an `enter`.
+    fn wants_enter(&mut self) -> bool;
+    /// Submits, and waits for `wait` completions or until the timeout.
+    fn enter(&mut self, wait: u32, timeout: Option<Duration>) -> Result<(), Errno>;
+    /// Takes one completion.
+    fn reap(&mut self) -> Option<Reaped>;
+    /// Commands that the kernel has and has not completed.
+    fn in_kernel(&self) -> usize;
+    /// Monotonic time.
+    fn now(&self) -> Duration;
+    /// Takes memory of the stream itself (the bounce buffer) into the ring's registrations, if it can.
+    fn adopt(&mut self, region: Arc<Region>) -> Target;
+    /// Whether vectored reads into registered memory are possible.
+    fn has_readv_fixed(&self) -> bool;
+}
+
+/// Rings and memory that had to be leaked because the kernel never gave them back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LeakStats {
+    /// Rings leaked.
+    pub rings: u64,
+    /// Reads that were in flight then.
+    pub reads: u64,
+    /// Bytes those reads may still write.
+    pub bytes: u64,
+}
+
+static LEAKED_RINGS: AtomicU64 = AtomicU64::new(0);
+static LEAKED_READS: AtomicU64 = AtomicU64::new(0);
+static LEAKED_BYTES: AtomicU64 = AtomicU64::new(0);
+
+/// What this process has leaked so far.
+#[must_use]
+pub fn leak_stats() -> LeakStats {
+    LeakStats {
+        rings: LEAKED_RINGS.load(Ordering::Relaxed),
+        reads: LEAKED_READS.load(Ordering::Relaxed),
+        bytes: LEAKED_BYTES.load(Ordering::Relaxed),
+    }
+}
+
+/// `user_data` of cancel commands, whose completions are only counted.
+const CANCEL: u64 = u64::MAX;
+
+#[derive(Default)]
+struct Slot {
+    op: Option<Op>,
+    /// Counts uses: a completion for an earlier use is told apart.
+    generation: u32,
+    /// The scatter list as the kernel reads it.
+    iovecs: Vec<libc::iovec>,
+}
+
+impl Slot {
+    fn token(&self, index: u32) -> u64 {
+        u64::from(self.generation) << 32 | u64::from(index)
+    }
+}
+
+/// The real io_uring.
+pub(crate) struct KernelQueue {
+    ring: ManuallyDrop<IoUringState>,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    cancels: usize,
+    cancel_limit: usize,
+    epoch: Instant,
+    register: bool,
+}
+
+impl KernelQueue {
+    /// Takes over a ring. `register`: whether the stream's own memory may be registered.
+    pub(crate) fn new(ring: IoUringState, register: bool) -> Self {
+        // Commands in flight never exceed what the completion queue can hold; an eighth is kept for cancellations.
+        let room = ring.features().cq_entries as usize;
+        let cancel_limit = (room / 8).min(64);
+        let commands = (room - cancel_limit).max(1);
+        Self {
+            ring: ManuallyDrop::new(ring),
+            slots: std::iter::repeat_with(Slot::default).take(commands).collect(),
+            free: (0..commands as u32).rev().collect(),
+            cancels: 0,
+            cancel_limit,
+            epoch: Instant::now(),
+            register,
+        }
+    }
+
+    pub(crate) fn ring(&self) -> &IoUringState {
+        &self.ring
+    }
+
+    pub(crate) fn ring_mut(&mut self) -> &mut IoUringState {
+        &mut self.ring
+    }
+
+    /// Gives up a registration of the stream's own memory.
+    pub(crate) fn retire(&mut self, entry: Arc<BufferEntry>) {
+        let IoUringState { ring, buffers, .. } = &mut *self.ring;
+        buffers.retire(ring, entry);
+    }
+
+    /// Bytes of bookkeeping.
+    pub(crate) fn footprint(&self) -> usize {
+        let iovecs: usize = self.slots.iter().map(|slot| slot.iovecs.capacity() * size_of::<libc::iovec>()).sum();
+        self.slots.capacity() * size_of::<Slot>() + self.free.capacity() * 4 + iovecs
+    }
+
+    /// Gives the ring back; `None` when the kernel still has commands, and the ring is leaked.
+    pub(crate) fn into_ring(self) -> Option<IoUringState> {
+        let mut this = ManuallyDrop::new(self);
+        if this.in_kernel() + this.cancels > 0 {
+            drop(ManuallyDrop::into_inner(this));
+            return None;
+        }
+        let slots = std::mem::take(&mut this.slots);
+        drop((slots, std::mem::take(&mut this.free)));
+        // SAFETY: `this` is never used or dropped again, so the ring is taken exactly once.
+        Some(unsafe { ManuallyDrop::take(&mut this.ring) })
+    }
+}
+
+impl Queue for KernelQueue {
+    #[inline]
+    fn make_room(&mut self) -> Result<bool, Errno> {
+        if self.free.is_empty() {
+            return Ok(false);
+        }
+        if self.ring.ring.sq_room() == 0 {
+            self.enter(0, None)?;
+            if self.ring.ring.sq_room() == 0 && self.ring.features().sqpoll {
+                self.ring.ring.wait_for_sq_room()?;
+            }
+        }
+        Ok(self.ring.ring.sq_room() > 0)
+    }
+
+    #[inline]
+    fn push(&mut self, op: Op) {
+        let Some(index) = self.free.pop() else {
+            unreachable!("push without make_room");
+        };
+        let slot = &mut self.slots[index as usize];
+        slot.generation = slot.generation.wrapping_add(1) & (u32::MAX >> 1);
+        let entry = entry(&op, &mut slot.iovecs).user_data(slot.token(index));
+        // SAFETY: `entry` checked that the command writes inside the region of `op`'s target (or bounce slot), and
+        // reads its scatter list from `slot.iovecs`. The op moves into the slot in the next statement and stays there,
+        // holding its region, until its completion is reaped; the slot's vectors are not touched meanwhile. Should
+        // the queue be dropped first, `Drop` leaks ring, slots and ops together. The descriptor is the caller's
+        // matter: a wrong one reads another file, it does not write elsewhere.
+        let pushed = unsafe { self.ring.ring.push(&entry) };
+        slot.op = Some(op);
+        assert!(pushed, "push without make_room");
+    }
+
+    fn cancel(&mut self, sequence: u64) {
+        for index in 0..self.slots.len() {
+            let slot = &self.slots[index];
+            if slot.op.as_ref().is_none_or(|op| op.sequence != sequence) || self.cancels == self.cancel_limit {
+                continue;
+            }
+            let entry = opcode::AsyncCancel::new(slot.token(index as u32)).build().user_data(CANCEL);
+            if self.ring.ring.sq_room() == 0 && self.enter(0, None).is_err() {
+                return;
+            }
+            // SAFETY: a cancel command points to nothing.
+            if unsafe { self.ring.ring.push(&entry) } {
+                self.cancels += 1;
+            }
+        }
+    }
+
+    #[inline]
+    fn has_unsubmitted(&mut self) -> bool {
+        self.ring.ring.sq_len() > 0
+    }
+
+    #[inline]
+    fn wants_enter(&mut self) -> bool {
+        let ring = &mut self.ring.ring;
+        ring.sq_len() > 0 || (self.free.len() < self.slots.len() || self.cancels > 0) && ring.needs_enter()
+    }
+
+    fn enter(&mut self, wait: u32, timeout: Option<Duration>) -> Result<(), Errno> {
+        self.ring.ring.enter(wait, timeout)
+    }
+
+    #[inline]
+    fn reap(&mut self) -> Option<Reaped> {
+        loop {
+            let cqe = self.ring.ring.pop()?;
+            if cqe.user_data == CANCEL {
+                self.cancels = self.cancels.saturating_sub(1);
+                continue;
+            }
+            let index = cqe.user_data as u32;
+            let slot = self.slots.get_mut(index as usize).filter(|slot| slot.token(index) == cqe.user_data);
+            let Some(op) = slot.and_then(|slot| slot.op.take()) else {
+                tracing::error!(target: "ringest::ring", user_data = cqe.user_data, "completion of an unknown command");
+                continue;
+            };
+            self.free.push(index);
+            return Some(Reaped { op, result: cqe.result });
+        }
+    }
+
+    fn in_kernel(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    #[inline]
+    fn now(&self) -> Duration {
+        self.epoch.elapsed()
+    }
+
+    fn adopt(&mut self, region: Arc<Region>) -> Target {
+        if self.register {
+            let IoUringState { ring, buffers, .. } = &mut *self.ring;
+            let whole = crate::memory::GpuMappedBuffer::whole(Arc::clone(&region));
+            if let Ok(entry) = buffers.attach(ring, &whole) {
+                return Target::Registered(entry);
+            }
+        }
+        Target::Plain(region)
+    }
+
+    fn has_readv_fixed(&self) -> bool {
+        self.ring.features().readv_fixed
+    }
+}
+
+impl Drop for KernelQueue {
+    fn drop(&mut self) {
+        let reads = self.in_kernel();
+        if reads == 0 {
+            // Cancel commands in flight point to nothing, so the ring may go with them.
+            // SAFETY: the ring is dropped only here or taken in `into_ring`, which forgets `self`.
+            unsafe { ManuallyDrop::drop(&mut self.ring) };
+            return;
+        }
+        let slots = std::mem::take(&mut self.slots);
+        if !self.ring.owner.is_forked() {
+            let bytes: usize = slots.iter().filter_map(|slot| slot.op.as_ref()).map(|op| op.remaining).sum();
+            LEAKED_RINGS.fetch_add(1, Ordering::Relaxed);
+            LEAKED_READS.fetch_add(reads as u64, Ordering::Relaxed);
+            LEAKED_BYTES.fetch_add(bytes as u64, Ordering::Relaxed);
+            tracing::error!(
+                target: "ringest::ring",
+                fd = self.ring.fd(), reads, bytes,
+                "reads never completed: their ring and memory are leaked, because the device may still write"
+            );
+        }
+        // The ring is in ManuallyDrop and the ops hold their memory: forgetting them leaks both.
+        std::mem::forget(slots);
+    }
+}
+
+/// Builds the SQE of an op's command, checking that it stays inside its memory.
+#[inline]
+fn entry(op: &Op, iovecs: &mut Vec<libc::iovec>) -> squeue::Entry {
+    match &op.command {
+        Command::Direct { len, slot } => {
+            let address = checked(op.target.region(), op.target_offset, *len as usize);
+            read(&op.file, op.file_offset, address, *len, *slot)
+        }
+        Command::Bounce { file_offset, len, slot, .. } => {
+            let address = checked(slot.pool.region(), slot.offset, *len as usize);
+            let registered = slot.pool.slot(slot.offset).map(|(index, _)| index);
+            read(&op.file, *file_offset, address, *len, registered)
+        }
+        Command::Vectored { slot } => {
+            iovecs.clear();
+            iovecs.extend(op.segments.iter().map(|&(offset, len)| libc::iovec {
+                iov_base: checked(op.target.region(), offset, len).cast(),
+                iov_len: len,
+            }));
+            let (pointer, count) = (iovecs.as_ptr(), iovecs.len() as u32);
+            with_file(&op.file, |fd| match (slot, fd) {
+                (Some(slot), Fd::Raw(fd)) => {
+                    opcode::ReadvFixed::new(fd, pointer, count, *slot).offset(op.file_offset).build()
+                }
+                (Some(slot), Fd::Fixed(fd)) => {
+                    opcode::ReadvFixed::new(fd, pointer, count, *slot).offset(op.file_offset).build()
+                }
+                (None, Fd::Raw(fd)) => opcode::Readv::new(fd, pointer, count).offset(op.file_offset).build(),
+                (None, Fd::Fixed(fd)) => opcode::Readv::new(fd, pointer, count).offset(op.file_offset).build(),
+            })
+        }
+    }
+}
+
+/// The address of `[offset, offset + len)` in the region, which must contain it.
+#[inline]
+fn checked(region: &Region, offset: usize, len: usize) -> *mut u8 {
+    assert!(offset.checked_add(len).is_some_and(|end| end <= region.len()), "read outside its region");
+    region.base().as_ptr().wrapping_add(offset)
+}
+
+#[inline]
+fn read(file: &FileRef, offset: u64, address: *mut u8, len: u32, slot: Option<u16>) -> squeue::Entry {
+    with_file(file, |fd| match (slot, fd) {
+        (Some(slot), Fd::Raw(fd)) => opcode::ReadFixed::new(fd, address, len, slot).offset(offset).build(),
+        (Some(slot), Fd::Fixed(fd)) => opcode::ReadFixed::new(fd, address, len, slot).offset(offset).build(),
+        (None, Fd::Raw(fd)) => opcode::Read::new(fd, address, len).offset(offset).build(),
+        (None, Fd::Fixed(fd)) => opcode::Read::new(fd, address, len).offset(offset).build(),
+    })
+}
+
+enum Fd {
+    Raw(types::Fd),
+    Fixed(types::Fixed),
+}
+
+#[inline]
+fn with_file(file: &FileRef, build: impl FnOnce(Fd) -> squeue::Entry) -> squeue::Entry {
+    build(match &file.0 {
+        Source::Fd(fd) => Fd::Raw(types::Fd(*fd)),
+        Source::Open(open) => Fd::Raw(types::Fd(open.fd())),
+        Source::Registered(entry) => Fd::Fixed(types::Fixed(entry.index)),
+    })
+}

@@ -1,0 +1,702 @@
+//! The stream: what callers use of one io_uring on one thread.
+
+use super::file::FileRef;
+use super::flight::{Completion, Flight, FlightOptions, MAX_SEGMENTS, Request, Segment, StreamStats};
+use super::queue::{KernelQueue, Target};
+use super::ring::IoUringState;
+use super::tail::TailWord;
+use crate::error::{PipelineError, Result};
+use crate::memory::GpuMappedBuffer;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How a stream behaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamOptions {
+    /// Most submissions in flight; 0 means the ring's submission queue size.
+    pub depth: u32,
+    /// Most submissions between the tail (or the oldest completion not taken) and the newest: how far completions may
+    /// run ahead of a slow or failed one. Rounded up to a power of two; 0 means 4 × `depth`.
+    pub window: u32,
+    /// Do not register the buffer with the ring: the kernel pins it for each read.
+    pub unregistered: bool,
+    /// Fail rather than leave the registered path (say, when RLIMIT_MEMLOCK forbids the registration).
+    pub strict: bool,
+    /// Retries of a command after EINTR or EAGAIN without progress.
+    pub max_retries: u8,
+    /// Wait before the first of them; doubles with each.
+    pub retry_backoff: Duration,
+    /// How long drop waits for reads in flight before it leaks ring and memory.
+    pub close_timeout: Duration,
+}
+
+impl Default for StreamOptions {
+    fn default() -> Self {
+        Self {
+            depth: 0,
+            window: 0,
+            unregistered: false,
+            strict: false,
+            max_retries: 10,
+            retry_backoff: Duration::from_micros(50),
+            close_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Pieces of the bounce buffer, and their size: ragged ends are at most two blocks, whole unaligned reads go piecewise.
+const BOUNCE_SLOTS: u16 = 8;
+const BOUNCE_SLOT_BYTES: usize = 128 << 10;
+
+/// What a closed stream leaves.
+#[derive(Debug)]
+pub struct CloseReport {
+    /// The ring, to be used again.
+    pub ring: IoUringState,
+    /// Everything the stream did.
+    pub stats: StreamStats,
+    /// Submissions made.
+    pub submitted: u64,
+    /// The tail at the end.
+    pub tail: u64,
+}
+
+/// Reads from files into one buffer, with a tail word that a consumer follows.
+///
+/// Driven by the caller: `submit_*` queues, [`flush_submissions`](Self::flush_submissions) hands over,
+/// [`poll`](Self::poll) or [`poll_into`](Self::poll_into) reap, submit what is queued, and publish. Completions come in
+/// any order; **the tail counts, in submission order, only submissions whose every byte is in place.** A failed one
+/// holds the tail until [`resubmit`](Self::resubmit) or [`skip`](Self::skip). With a bare tail word a consumer cannot
+/// see that; a [`TailLine`](super::TailLine) tells it.
+///
+/// The stream owns every command and scatter list; callers keep nothing alive but raw descriptors they passed.
+///
+/// Belongs to the thread that created its ring: not `Send`. Dropping it cancels what is in flight and waits for it
+/// (`StreamOptions::close_timeout`); memory is given back only after the last completion, and leaked, counted
+/// ([`leak_stats`](super::leak_stats)) and logged should that never come.
+pub struct AsyncUringStream<'a> {
+    flight: Option<Flight<'a, KernelQueue>>,
+    buffer: GpuMappedBuffer<'a>,
+    target: Target,
+    /// The registration of `target` is the stream's own, not one the caller made with the ring.
+    attached: bool,
+    options: StreamOptions,
+    /// A system call's error that had to wait because completions came with it.
+    deferred: Option<PipelineError>,
+    finished: bool,
+}
+
+impl std::fmt::Debug for AsyncUringStream<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AsyncUringStream")
+            .field("buffer", &self.buffer)
+            .field("tail", &self.flight().tail())
+            .field("in_flight", &self.flight().in_flight())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> AsyncUringStream<'a> {
+    /// A stream over a ring, into `buffer`, publishing to `tail` (a `&AtomicU32`, a `&AtomicU64` or a
+    /// [`TailLine`](super::TailLine)), which is set to 0.
+    ///
+    /// # Errors
+    /// As [`with_options`](Self::with_options).
+    pub fn new(ring: IoUringState, buffer: GpuMappedBuffer<'a>, tail: impl Into<TailWord<'a>>) -> Result<Self> {
+        Self::with_options(ring, buffer, tail, StreamOptions::default())
+    }
+
+    /// A stream by options.
+    ///
+    /// The buffer is registered with the ring, unless the caller has done so already. Where that fails (RLIMIT_MEMLOCK)
+    /// reads go unregistered and say so in their path label, unless `strict`.
+    ///
+    /// # Errors
+    /// `EPERM` on a thread that does not own the ring, `EINVAL` for options out of range; when strict also the errors of
+    /// [`IoUringState::register_buffers`].
+    pub fn with_options(
+        ring: IoUringState,
+        buffer: GpuMappedBuffer<'a>,
+        tail: impl Into<TailWord<'a>>,
+        options: StreamOptions,
+    ) -> Result<Self> {
+        ring.check_thread()?;
+        let flight_options = resolve(&options, ring.features().sq_entries)?;
+        let mut queue = KernelQueue::new(ring, !options.unregistered);
+        let (target, attached) = bind(&mut queue, &buffer, &options)?;
+        let flight = Some(Flight::new(queue, tail.into(), flight_options));
+        Ok(Self { flight, buffer, target, attached, options, deferred: None, finished: false })
+    }
+
+    // The flight is taken out only by `close`, which consumes the stream, and by drop.
+    fn flight(&self) -> &Flight<'a, KernelQueue> {
+        match &self.flight {
+            Some(flight) => flight,
+            None => unreachable!("the stream is closed"),
+        }
+    }
+
+    #[inline]
+    fn flight_mut(&mut self) -> Result<&mut Flight<'a, KernelQueue>> {
+        match &mut self.flight {
+            Some(flight) => {
+                flight.queue.ring().check_thread()?;
+                Ok(flight)
+            }
+            None => unreachable!("the stream is closed"),
+        }
+    }
+
+    // Submitting
+
+    /// Reads `len` bytes at `file_offset` into slot `chunk_idx` of the buffer, that is at `chunk_idx * len`.
+    /// `user_data` is the sequence number.
+    ///
+    /// Returns the submission's sequence number. Nothing reaches the kernel before the next flush, poll or wait. A
+    /// request that cannot work fails as a completion; only a full queue and bad ranges fail here.
+    ///
+    /// # Errors
+    /// `ERANGE` when the slot is outside the buffer or the read ends beyond the largest file offset; `EAGAIN` when
+    /// `depth` submissions are in flight or the window is full (reap, resubmit or skip); `EBUSY` after
+    /// [`finish`](Self::finish); `EPERM` on another thread.
+    pub fn submit_read_to_gpu(
+        &mut self,
+        file: impl Into<FileRef>,
+        file_offset: u64,
+        chunk_idx: usize,
+        len: usize,
+    ) -> Result<u64> {
+        let buffer_offset = slot_offset(chunk_idx, len, self.buffer.len())?;
+        self.submit_read_to_gpu_at(file, file_offset, buffer_offset, len)
+    }
+
+    /// Reads `len` bytes at `file_offset` to `buffer_offset`. `user_data` is the sequence number.
+    ///
+    /// # Errors
+    /// As [`submit_read_to_gpu`](Self::submit_read_to_gpu).
+    pub fn submit_read_to_gpu_at(
+        &mut self,
+        file: impl Into<FileRef>,
+        file_offset: u64,
+        buffer_offset: usize,
+        len: usize,
+    ) -> Result<u64> {
+        let user_data = self.flight().submitted();
+        self.submit_read_to_gpu_at_with_user_data(file, file_offset, buffer_offset, len, user_data)
+    }
+
+    /// Reads `len` bytes at `file_offset` to `buffer_offset`; the completion carries `user_data`.
+    ///
+    /// # Errors
+    /// As [`submit_read_to_gpu`](Self::submit_read_to_gpu).
+    pub fn submit_read_to_gpu_at_with_user_data(
+        &mut self,
+        file: impl Into<FileRef>,
+        file_offset: u64,
+        buffer_offset: usize,
+        len: usize,
+        user_data: u64,
+    ) -> Result<u64> {
+        PipelineError::check_range("read target", buffer_offset as u64, len as u64, self.buffer.len() as u64)?;
+        let segment = (self.buffer.span().start + buffer_offset, len);
+        let target = self.target.clone();
+        self.submit(file.into(), file_offset, target, &[segment], buffer_offset, user_data)
+    }
+
+    /// Reads one contiguous stretch of the file, from `file_offset` on, into several ranges (offset, length) of the
+    /// buffer, in order: one submission, and one command where the kernel can.
+    ///
+    /// # Errors
+    /// As [`submit_read_to_gpu`](Self::submit_read_to_gpu); `EINVAL` for no ranges, more than 1024, or overlapping ones.
+    pub fn submit_read_to_gpu_scatter(
+        &mut self,
+        file: impl Into<FileRef>,
+        file_offset: u64,
+        ranges: &[(usize, usize)],
+        user_data: u64,
+    ) -> Result<u64> {
+        if ranges.is_empty() || ranges.len() > MAX_SEGMENTS {
+            return Err(PipelineError::invalid(format!("{} ranges", ranges.len()), "pass 1 to 1024"));
+        }
+        let start = self.buffer.span().start;
+        let mut segments = Vec::with_capacity(ranges.len());
+        for &(offset, len) in ranges {
+            PipelineError::check_range("read target", offset as u64, len as u64, self.buffer.len() as u64)?;
+            if len > 0 {
+                segments.push((start + offset, len));
+            }
+        }
+        let mut sorted = segments.clone();
+        sorted.sort_unstable();
+        if sorted.windows(2).any(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
+            return Err(PipelineError::invalid(
+                "overlapping ranges",
+                "each byte of the buffer can take one byte of the file",
+            ));
+        }
+        let target = self.target.clone();
+        self.submit(file.into(), file_offset, target, &segments, ranges[0].0, user_data)
+    }
+
+    /// Reads `len` bytes at `file_offset` into slot `chunk_idx` (at `chunk_idx * len`) of the buffer registered with
+    /// the ring as `buffer_index`. Never falls back to an unregistered read of the whole.
+    ///
+    /// # Errors
+    /// As [`submit_read_to_gpu`](Self::submit_read_to_gpu); `ERANGE` for an index beyond the table, `EINVAL` for an
+    /// empty entry.
+    pub fn submit_read_fixed(
+        &mut self,
+        file: impl Into<FileRef>,
+        file_offset: u64,
+        buffer_index: u32,
+        chunk_idx: usize,
+        len: usize,
+    ) -> Result<u64> {
+        let size = self.ring().buffers.get(buffer_index)?.len();
+        let offset = slot_offset(chunk_idx, len, size)?;
+        let user_data = self.flight().submitted();
+        self.submit_read_fixed_at(file, file_offset, buffer_index, offset, len, user_data)
+    }
+
+    /// Reads `len` bytes at `file_offset` to `buffer_offset` of the buffer registered as `buffer_index`.
+    ///
+    /// # Errors
+    /// As [`submit_read_fixed`](Self::submit_read_fixed).
+    pub fn submit_read_fixed_at(
+        &mut self,
+        file: impl Into<FileRef>,
+        file_offset: u64,
+        buffer_index: u32,
+        buffer_offset: usize,
+        len: usize,
+        user_data: u64,
+    ) -> Result<u64> {
+        let entry = Arc::clone(self.ring().buffers.get(buffer_index)?);
+        let what = "read target in a registered buffer";
+        PipelineError::check_range(what, buffer_offset as u64, len as u64, entry.len() as u64)?;
+        let segment = (entry.start() + buffer_offset, len);
+        self.submit(file.into(), file_offset, Target::Registered(entry), &[segment], buffer_offset, user_data)
+    }
+
+    /// Reads from the file registered with the ring as `file_index`; otherwise as
+    /// [`submit_read_to_gpu_at_with_user_data`](Self::submit_read_to_gpu_at_with_user_data).
+    ///
+    /// # Errors
+    /// As [`submit_read_to_gpu`](Self::submit_read_to_gpu); `ERANGE` for an index beyond the table, `EINVAL` for an
+    /// empty entry.
+    pub fn submit_read_to_gpu_fixed_file(
+        &mut self,
+        file_index: u32,
+        file_offset: u64,
+        buffer_offset: usize,
+        len: usize,
+        user_data: u64,
+    ) -> Result<u64> {
+        let file = self.registered_file(file_index)?;
+        self.submit_read_to_gpu_at_with_user_data(file, file_offset, buffer_offset, len, user_data)
+    }
+
+    /// The file registered with the ring as `index`, for any `submit_*`.
+    ///
+    /// While a `FileRef` to it exists the entry cannot be replaced.
+    ///
+    /// # Errors
+    /// `ERANGE` for an index beyond the table, `EINVAL` for an empty entry.
+    pub fn registered_file(&self, index: u32) -> Result<FileRef> {
+        self.ring().files.get(index)
+    }
+
+    /// Sends a 64-byte NVMe read command by IORING_OP_URING_CMD.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP`: this version of ringest does not have the passthrough path.
+    pub fn submit_nvme_passthrough(
+        &mut self,
+        _file: impl Into<FileRef>,
+        _command: &[u8; 64],
+        _user_data: u64,
+    ) -> Result<u64> {
+        self.flight_mut()?;
+        Err(PipelineError::NvmePassthroughDisabled)
+    }
+
+    fn submit(
+        &mut self,
+        file: FileRef,
+        file_offset: u64,
+        target: Target,
+        segments: &[Segment],
+        buffer_offset: usize,
+        user_data: u64,
+    ) -> Result<u64> {
+        let len: u64 = segments.iter().map(|&(_, len)| len as u64).sum();
+        PipelineError::check_range("file offset", file_offset, len, i64::MAX as u64)?;
+        if self.finished {
+            return Err(PipelineError::busy("the stream", "it was finished: make a new one"));
+        }
+        let buffer_offset = buffer_offset as u64;
+        self.flight_mut()?.submit(Request { file, file_offset, target, segments, buffer_offset, user_data })
+    }
+
+    // Driving
+
+    /// Hands all queued commands to the kernel. Returns how many submissions are in flight.
+    ///
+    /// # Errors
+    /// Those of `io_uring_enter(2)`; `EAGAIN` and `EBUSY` mean: poll, then try again. `EPERM` on another thread.
+    pub fn flush_submissions(&mut self) -> Result<usize> {
+        let flight = self.flight_mut()?;
+        flight.flush()?;
+        Ok(flight.in_flight() as usize)
+    }
+
+    /// Submits what is queued, reaps what has completed, publishes the tail. Returns how many submissions ended whole
+    /// since the last poll, up to the first that failed; that one is the error of the next call.
+    ///
+    /// So no success is hidden by a failure beside it, and each failure is reported once. Which submission failed is in
+    /// the error; [`poll_into`](Self::poll_into) gives every record instead.
+    ///
+    /// # Errors
+    /// That of a failed submission, or of the system call. `EPERM` on another thread.
+    pub fn poll(&mut self) -> Result<usize> {
+        let driven = self.flight_mut()?.drive(0, None);
+        let mut count = 0;
+        let flight = self.flight_mut()?;
+        while flight.peek_status() == Some(0) {
+            flight.take();
+            count += 1;
+        }
+        if count == 0
+            && let Some(failed) = flight.take()
+        {
+            self.defer(driven);
+            return failed.result().map(|_| 0);
+        }
+        self.settle(count, driven)
+    }
+
+    /// Submits what is queued, reaps what has completed, publishes the tail, and stores the records of ended submissions
+    /// in `out`, in the order in which they ended. Returns how many.
+    ///
+    /// # Errors
+    /// That of the system call, when there is no record to return. `EPERM` on another thread.
+    pub fn poll_into(&mut self, out: &mut [Completion]) -> Result<usize> {
+        let driven = self.flight_mut()?.drive(0, None);
+        self.take_into(out, driven)
+    }
+
+    /// Submits what is queued and waits until `min` records can be taken (by [`poll`](Self::poll) or
+    /// [`poll_into`](Self::poll_into)), or nothing is in flight any more. Returns how many can.
+    ///
+    /// # Errors
+    /// `ETIMEDOUT` when the timeout passes first; the errors of `io_uring_enter(2)`; `EPERM` on another thread.
+    pub fn wait_for_completion(&mut self, min: usize, timeout: Option<Duration>) -> Result<usize> {
+        if let Some(error) = self.deferred.take() {
+            return Err(error);
+        }
+        let flight = self.flight_mut()?;
+        flight.drive(min, timeout)?;
+        Ok(flight.ready())
+    }
+
+    fn take_into(&mut self, out: &mut [Completion], driven: Result<()>) -> Result<usize> {
+        let flight = self.flight_mut()?;
+        let mut count = 0;
+        for place in out {
+            let Some(completion) = flight.take() else { break };
+            *place = completion;
+            count += 1;
+        }
+        self.settle(count, driven)
+    }
+
+    /// Completions first: the error of a system call waits for a call that has none.
+    fn settle(&mut self, count: usize, driven: Result<()>) -> Result<usize> {
+        self.defer(driven);
+        match self.deferred.take_if(|_| count == 0) {
+            Some(error) => Err(error),
+            None => Ok(count),
+        }
+    }
+
+    fn defer(&mut self, driven: Result<()>) {
+        if let (Err(error), None) = (driven, &self.deferred) {
+            self.deferred = Some(error);
+        }
+    }
+
+    // Failed submissions
+
+    /// Reads a failed submission once more, into the same place, from its beginning.
+    ///
+    /// # Errors
+    /// `EINVAL` unless it failed and its record was taken; `EAGAIN` when `depth` are in flight.
+    pub fn resubmit(&mut self, sequence: u64) -> Result<()> {
+        self.flight_mut()?.resubmit(sequence)
+    }
+
+    /// Gives a failed submission up: the tail passes it, and `first_bad` of a tail line says so for good.
+    ///
+    /// # Errors
+    /// `EINVAL` unless it failed and its record was taken.
+    pub fn skip(&mut self, sequence: u64) -> Result<()> {
+        self.flight_mut()?.skip(sequence)
+    }
+
+    /// Asks for a submission to be cancelled. It ends with `ECANCELED`, or whole if its data was already there; reads
+    /// that a disk has accepted usually run to their end.
+    ///
+    /// # Errors
+    /// `EINVAL` when it is not in flight.
+    pub fn cancel(&mut self, sequence: u64) -> Result<()> {
+        self.flight_mut()?.cancel(sequence)
+    }
+
+    /// Asks for everything in flight to be cancelled.
+    ///
+    /// # Errors
+    /// `EPERM` on another thread.
+    pub fn cancel_all(&mut self) -> Result<()> {
+        self.flight_mut()?.cancel_all();
+        Ok(())
+    }
+
+    // The buffer, the ring, the numbers
+
+    /// Reads go to another buffer from now on. Those in flight keep the old one alive. Returns the old handle.
+    ///
+    /// # Errors
+    /// As [`with_options`](Self::with_options); on failure the old buffer stays.
+    pub fn replace_buffer(&mut self, buffer: GpuMappedBuffer<'a>) -> Result<GpuMappedBuffer<'a>> {
+        let options = self.options;
+        let (target, attached) = bind(&mut self.flight_mut()?.queue, &buffer, &options)?;
+        let old = std::mem::replace(&mut self.target, target);
+        let was_attached = std::mem::replace(&mut self.attached, attached);
+        if let (Target::Registered(entry), true) = (old, was_attached) {
+            self.flight_mut()?.queue.retire(entry);
+        }
+        Ok(std::mem::replace(&mut self.buffer, buffer))
+    }
+
+    /// The buffer reads go to.
+    #[must_use]
+    pub fn buffer(&self) -> &GpuMappedBuffer<'a> {
+        &self.buffer
+    }
+
+    /// Whether the buffer is registered with the ring.
+    #[must_use]
+    pub fn is_registered(&self) -> bool {
+        matches!(self.target, Target::Registered(_))
+    }
+
+    /// The ring.
+    #[must_use]
+    pub fn ring(&self) -> &IoUringState {
+        self.flight().queue.ring()
+    }
+
+    /// The ring, for registrations.
+    ///
+    /// # Errors
+    /// `EPERM` on another thread.
+    pub fn ring_mut(&mut self) -> Result<&mut IoUringState> {
+        Ok(self.flight_mut()?.queue.ring_mut())
+    }
+
+    /// Submissions that have not ended.
+    #[must_use]
+    pub fn inflight(&self) -> usize {
+        self.flight().in_flight() as usize
+    }
+
+    /// Submissions, from the first on, whose every byte is in place (or that were skipped).
+    #[must_use]
+    pub fn tail(&self) -> u64 {
+        self.flight().tail()
+    }
+
+    /// Submissions made.
+    #[must_use]
+    pub fn submitted(&self) -> u64 {
+        self.flight().submitted()
+    }
+
+    /// Most submissions in flight.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.flight().options().depth as usize
+    }
+
+    /// What the stream has done so far.
+    #[must_use]
+    pub fn stats(&self) -> StreamStats {
+        self.flight().stats()
+    }
+
+    /// Bytes of bookkeeping the stream holds, without the buffer, the bounce buffer and the kernel's memory.
+    #[must_use]
+    pub fn footprint(&self) -> usize {
+        size_of::<Self>() + self.flight().footprint() + self.flight().queue.footprint()
+    }
+
+    // Ending
+
+    /// Announces that no submission follows (state END and the number of submissions in a tail line). Those in flight
+    /// go on; nothing more can be submitted, but failed submissions can still be resubmitted or skipped.
+    ///
+    /// # Errors
+    /// `EPERM` on another thread.
+    pub fn finish(&mut self) -> Result<()> {
+        self.flight_mut()?.publish_end(0);
+        self.finished = true;
+        Ok(())
+    }
+
+    /// Cancels what is in flight, waits for it, and gives the ring back. A tail line says END if the stream was
+    /// finished and everything is in place, ABORTED otherwise.
+    ///
+    /// # Errors
+    /// `ETIMEDOUT` when the device does not give everything back within `timeout`: ring and memory are then leaked.
+    /// `EPERM` on another thread: the stream is dropped as on any thread.
+    pub fn close(mut self, timeout: Duration) -> Result<CloseReport> {
+        self.flight_mut()?;
+        let Some(flight) = self.shut(timeout) else {
+            unreachable!("the stream is open");
+        };
+        let (stats, submitted, tail) = (flight.stats(), flight.submitted(), flight.tail());
+        match flight.queue.into_ring() {
+            Some(ring) => Ok(CloseReport { ring, stats, submitted, tail }),
+            None => Err(PipelineError::timed_out(
+                "closing the stream",
+                "the device holds on to its reads: ring and memory are leaked so that it cannot write to reused memory",
+            )),
+        }
+    }
+
+    /// Ends the flight; afterwards the kernel holds nothing, or what it holds is leaked with the flight's queue.
+    fn shut(&mut self, timeout: Duration) -> Option<Flight<'a, KernelQueue>> {
+        let mut flight = self.flight.take()?;
+        let whole = flight.in_flight() == 0 && flight.tail() == flight.submitted();
+        flight.shut(timeout);
+        flight.publish_end(if self.finished && whole { 0 } else { libc::ECANCELED });
+        if self.attached
+            && let Target::Registered(entry) = &self.target
+        {
+            let entry = Arc::clone(entry);
+            self.target = Target::Plain(Arc::clone(self.buffer.region()));
+            flight.queue.retire(entry);
+        }
+        Some(flight)
+    }
+
+    /// A stream that may move to other threads; its ring must have been made with
+    /// [`RingOptions::movable`](super::RingOptions).
+    ///
+    /// # Errors
+    /// `EINVAL`, and the stream is dropped, when the ring is bound to its thread.
+    pub fn into_movable(self) -> Result<MovableStream<'a>> {
+        if !self.ring().is_movable() {
+            return Err(PipelineError::invalid("a ring bound to its thread", "create it with RingOptions::movable"));
+        }
+        Ok(MovableStream(self))
+    }
+}
+
+impl Drop for AsyncUringStream<'_> {
+    fn drop(&mut self) {
+        let timeout = self.options.close_timeout;
+        let Some(flight) = &mut self.flight else { return };
+        let ring = flight.queue.ring_mut();
+        if ring.is_movable() {
+            ring.adopt();
+        }
+        if ring.check_thread().is_ok() {
+            drop(self.shut(timeout));
+        }
+        // On a thread that does not own the ring nothing can be reaped: the queue's drop leaks what is in flight.
+    }
+}
+
+/// A stream that may move between threads; one at a time uses it.
+///
+/// Made by [`AsyncUringStream::into_movable`].
+#[derive(Debug)]
+pub struct MovableStream<'a>(AsyncUringStream<'a>);
+
+// SAFETY: the ring was made without SINGLE_ISSUER and DEFER_TASKRUN and its descriptor is not registered with a thread,
+// so any thread may issue its system calls; `&mut self` allows one at a time. Everything else a stream holds (regions,
+// registrations, files) is shared by `Arc` of Send + Sync types. A ring bound to its thread that is swapped in
+// through `get` refuses calls elsewhere (EPERM) and is leaked rather than dropped with reads in flight.
+unsafe impl Send for MovableStream<'_> {}
+
+impl<'a> MovableStream<'a> {
+    /// The stream, owned by the calling thread from now on.
+    pub fn get(&mut self) -> &mut AsyncUringStream<'a> {
+        if let Some(flight) = &mut self.0.flight
+            && flight.queue.ring().is_movable()
+        {
+            flight.queue.ring_mut().adopt();
+        }
+        &mut self.0
+    }
+
+    /// The plain stream, bound to the calling thread.
+    #[must_use]
+    pub fn into_inner(mut self) -> AsyncUringStream<'a> {
+        self.get();
+        self.0
+    }
+}
+
+fn slot_offset(chunk_idx: usize, len: usize, size: usize) -> Result<usize> {
+    chunk_idx.checked_mul(len).ok_or(PipelineError::OutOfRange {
+        what: "slot of the buffer",
+        offset: chunk_idx as u64,
+        length: len as u64,
+        limit: size as u64,
+    })
+}
+
+fn resolve(options: &StreamOptions, entries: u32) -> Result<FlightOptions> {
+    let depth = if options.depth == 0 { entries } else { options.depth };
+    if depth > 65_536 {
+        return Err(PipelineError::invalid(format!("depth {depth}"), "use at most 65536"));
+    }
+    let window = if options.window == 0 { depth.saturating_mul(4) } else { options.window };
+    if window < depth || window > 1 << 20 {
+        return Err(PipelineError::invalid(
+            format!("window {window}"),
+            format!("use {depth} (the depth) to {}", 1 << 20),
+        ));
+    }
+    Ok(FlightOptions {
+        depth,
+        window: window.next_power_of_two(),
+        max_retries: options.max_retries,
+        backoff: options.retry_backoff,
+        strict: options.strict,
+        bounce_slots: BOUNCE_SLOTS,
+        bounce_slot_bytes: BOUNCE_SLOT_BYTES,
+    })
+}
+
+/// The target that reads into a buffer use, and whether its registration was made here.
+fn bind(queue: &mut KernelQueue, buffer: &GpuMappedBuffer<'_>, options: &StreamOptions) -> Result<(Target, bool)> {
+    let plain = || (Target::Plain(Arc::clone(buffer.region())), false);
+    if options.unregistered {
+        return Ok(plain());
+    }
+    let IoUringState { ring, buffers, .. } = queue.ring_mut();
+    if let Some(entry) = buffers.find(buffer) {
+        return Ok((Target::Registered(entry), false));
+    }
+    match buffers.attach(ring, buffer) {
+        Ok(entry) => Ok((Target::Registered(entry), true)),
+        Err(error) if options.strict => Err(error),
+        Err(error) => {
+            tracing::info!(target: "ringest::stream", %error, "buffer not registered, reads go unregistered");
+            Ok(plain())
+        }
+    }
+}
