@@ -51,3 +51,8 @@ pub use uring::{
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("ringest drives io_uring and needs Linux");
+
+/// Compiles and runs the README's code.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

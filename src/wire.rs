@@ -30,7 +30,7 @@ pub struct TailLineWords {
     pub first_bad: AtomicU64,
     /// One of [`state`].
     pub state: AtomicU32,
-    /// 0 or -errno of `first_bad`, or of an abort.
+    /// -errno of `first_bad` while there is one, or of an abort.
     pub error: AtomicI32,
     /// Number of submissions; valid once `state` is not OPEN.
     pub end: AtomicU64,

@@ -224,14 +224,13 @@ pub(crate) struct Flight<'a, Q> {
     bounce: Option<Bounce>,
     /// Segment lists to reuse.
     spare: Vec<Vec<Segment>>,
-    closing: bool,
     stats: StreamStats,
 }
 
 impl<'a, Q: Queue> Flight<'a, Q> {
     pub(crate) fn new(queue: Q, tail_word: TailWord<'a>, options: FlightOptions) -> Self {
         debug_assert!(options.window.is_power_of_two() && options.depth <= options.window);
-        tail_word.publish(0);
+        tail_word.open();
         Self {
             queue,
             options,
@@ -248,7 +247,6 @@ impl<'a, Q: Queue> Flight<'a, Q> {
             sleeping: Vec::new(),
             bounce: None,
             spare: Vec::new(),
-            closing: false,
             stats: StreamStats::default(),
         }
     }
@@ -325,16 +323,18 @@ impl<'a, Q: Queue> Flight<'a, Q> {
         Ok(sequence)
     }
 
-    fn require_room(&self) -> Result<()> {
-        if self.closing {
-            return Err(PipelineError::busy("the stream", "it is closing: make a new one"));
-        }
+    fn require_depth(&self) -> Result<()> {
         if self.flying >= self.options.depth {
             return Err(PipelineError::QueueFull {
                 queue: "the stream",
                 fix: format!("poll for completions ({} in flight)", self.flying).into(),
             });
         }
+        Ok(())
+    }
+
+    fn require_room(&self) -> Result<()> {
+        self.require_depth()?;
         if self.next - self.floor >= u64::from(self.options.window) {
             let fix = if self.tail == self.floor && self.failed_at(self.tail) {
                 format!("submission {} failed and holds the tail: resubmit or skip it", self.tail)
@@ -354,9 +354,7 @@ impl<'a, Q: Queue> Flight<'a, Q> {
     /// Reads a failed submission once more, from its beginning.
     pub(crate) fn resubmit(&mut self, sequence: u64) -> Result<()> {
         self.require_failed(sequence)?;
-        if self.closing || self.flying >= self.options.depth {
-            self.require_room()?;
-        }
+        self.require_depth()?;
         let record = self.record(sequence);
         let Some((file, target)) = record.retry.take() else {
             return Err(PipelineError::invalid(format!("submission {sequence}"), "its first attempt has not ended"));
@@ -525,8 +523,11 @@ impl<'a, Q: Queue> Flight<'a, Q> {
                 leading_piece(op.file_offset, address, op.remaining, alignment, slot)
             }
         };
+        let piece = within_registration(&op, piece);
         op.command = match piece {
-            Piece::Direct { len } => self.direct_command(&op, len),
+            Piece::Direct { len } => {
+                Command::Direct { len: len as u32, slot: op.target.slot(op.target_offset).map(|(slot, _)| slot) }
+            }
             Piece::Bounce { file_offset, len, skip, want } => {
                 if op.target.region().kind() != MemoryKind::HostVisible {
                     return self.end_op(op, libc::EINVAL);
@@ -536,24 +537,15 @@ impl<'a, Q: Queue> Flight<'a, Q> {
                     Ok(None) => return self.bounce_wait.push_back(op),
                     Err(errno) => return self.end_op(op, errno),
                 };
+                let leaves_path = slot.pool.slot(slot.offset).is_none() && op.target.slot(op.target_offset).is_some();
+                if self.options.strict && leaves_path {
+                    self.give_bounce_slot(slot);
+                    return self.end_op(op, libc::ENOMEM);
+                }
                 Command::Bounce { file_offset, len: len as u32, skip: skip as u32, want: want as u32, slot }
             }
         };
         self.issue(op);
-    }
-
-    /// A command straight into the target, cut where its registration is split.
-    fn direct_command(&self, op: &Op, len: usize) -> Command {
-        let Some((slot, reach)) = op.target.slot(op.target_offset) else {
-            return Command::Direct { len: len as u32, slot: None };
-        };
-        let block = op.direct.map_or(1, |alignment| alignment.offset as usize);
-        let inside = len.min(reach);
-        match inside - inside % block {
-            // One block straddles the split: read it unregistered.
-            0 => Command::Direct { len: block as u32, slot: None },
-            inside => Command::Direct { len: inside as u32, slot: Some(slot) },
-        }
     }
 
     fn issue(&mut self, op: Op) {
@@ -1001,9 +993,9 @@ impl<'a, Q: Queue> Flight<'a, Q> {
         }
     }
 
-    /// Accepts nothing more, cancels what is in flight, and waits for the kernel to give it back. Whether it did.
+    /// Cancels what is in flight and waits for the kernel to give it back, and the stream's own registrations up.
+    /// Whether the kernel did. Nothing is submitted afterwards.
     pub(crate) fn shut(&mut self, limit: Duration) -> bool {
-        self.closing = true;
         let deadline = self.queue.now().saturating_add(limit);
         self.cancel_all();
         // Errors of the system call do not end the wait: memory is at stake. Each costs a turn of a bounded number,
@@ -1020,6 +1012,9 @@ impl<'a, Q: Queue> Flight<'a, Q> {
             self.reap_all();
             self.drop_waiting(|_| true);
         }
+        if let Some(Bounce { pool, .. }) = self.bounce.take() {
+            self.queue.release(pool);
+        }
         self.queue.in_kernel() == 0
     }
 
@@ -1029,6 +1024,19 @@ impl<'a, Q: Queue> Flight<'a, Q> {
             0 => self.tail_word.publish_end(self.next),
             errno => self.tail_word.publish_abort(self.next, errno),
         }
+    }
+}
+
+/// Cuts a direct piece where the target's registration is split. A block that straddles the split is bounced.
+fn within_registration(op: &Op, piece: Piece) -> Piece {
+    let (Piece::Direct { len }, Some((_, reach))) = (piece, op.target.slot(op.target_offset)) else {
+        return piece;
+    };
+    let block = op.direct.map_or(1, |alignment| alignment.offset as usize);
+    let inside = len.min(reach);
+    match inside - inside % block {
+        0 => Piece::Bounce { file_offset: op.file_offset, len: block, skip: 0, want: block },
+        inside => Piece::Direct { len: inside },
     }
 }
 

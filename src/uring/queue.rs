@@ -104,12 +104,14 @@ pub(crate) trait Queue {
     fn enter(&mut self, wait: u32, timeout: Option<Duration>) -> Result<(), Errno>;
     /// Takes one completion.
     fn reap(&mut self) -> Option<Reaped>;
-    /// Commands that the kernel has and has not completed.
+    /// Commands, cancellations included, that the kernel has and has not completed.
     fn in_kernel(&self) -> usize;
     /// Monotonic time.
     fn now(&self) -> Duration;
     /// Takes memory of the stream itself (the bounce buffer) into the ring's registrations, if it can.
     fn adopt(&mut self, region: Arc<Region>) -> Target;
+    /// Gives memory taken by `adopt` up again.
+    fn release(&mut self, _target: Target) {}
     /// Whether vectored reads into registered memory are possible.
     fn has_readv_fixed(&self) -> bool;
 }
@@ -194,6 +196,10 @@ impl KernelQueue {
         &mut self.ring
     }
 
+    fn reads(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
     /// Gives up a registration of the stream's own memory.
     pub(crate) fn retire(&mut self, entry: Arc<BufferEntry>) {
         let IoUringState { ring, buffers, .. } = &mut *self.ring;
@@ -209,7 +215,7 @@ impl KernelQueue {
     /// Gives the ring back; `None` when the kernel still has commands, and the ring is leaked.
     pub(crate) fn into_ring(self) -> Option<IoUringState> {
         let mut this = ManuallyDrop::new(self);
-        if this.in_kernel() + this.cancels > 0 {
+        if this.in_kernel() > 0 {
             drop(ManuallyDrop::into_inner(this));
             return None;
         }
@@ -277,8 +283,9 @@ impl Queue for KernelQueue {
 
     #[inline]
     fn wants_enter(&mut self) -> bool {
+        let in_kernel = self.in_kernel();
         let ring = &mut self.ring.ring;
-        ring.sq_len() > 0 || (self.free.len() < self.slots.len() || self.cancels > 0) && ring.needs_enter()
+        ring.sq_len() > 0 || in_kernel > 0 && ring.needs_enter()
     }
 
     fn enter(&mut self, wait: u32, timeout: Option<Duration>) -> Result<(), Errno> {
@@ -305,7 +312,7 @@ impl Queue for KernelQueue {
     }
 
     fn in_kernel(&self) -> usize {
-        self.slots.len() - self.free.len()
+        self.reads() + self.cancels
     }
 
     #[inline]
@@ -324,6 +331,12 @@ impl Queue for KernelQueue {
         Target::Plain(region)
     }
 
+    fn release(&mut self, target: Target) {
+        if let Target::Registered(entry) = target {
+            self.retire(entry);
+        }
+    }
+
     fn has_readv_fixed(&self) -> bool {
         self.ring.features().readv_fixed
     }
@@ -331,7 +344,7 @@ impl Queue for KernelQueue {
 
 impl Drop for KernelQueue {
     fn drop(&mut self) {
-        let reads = self.in_kernel();
+        let reads = self.reads();
         if reads == 0 {
             // Cancel commands in flight point to nothing, so the ring may go with them.
             // SAFETY: the ring is dropped only here or taken in `into_ring`, which forgets `self`.

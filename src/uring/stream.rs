@@ -84,6 +84,8 @@ pub struct AsyncUringStream<'a> {
     /// A system call's error that had to wait because completions came with it.
     deferred: Option<PipelineError>,
     finished: bool,
+    /// Scratch for scatter reads.
+    segments: Vec<Segment>,
 }
 
 impl std::fmt::Debug for AsyncUringStream<'_> {
@@ -125,7 +127,7 @@ impl<'a> AsyncUringStream<'a> {
         let mut queue = KernelQueue::new(ring, !options.unregistered);
         let (target, attached) = bind(&mut queue, &buffer, &options)?;
         let flight = Some(Flight::new(queue, tail.into(), flight_options));
-        Ok(Self { flight, buffer, target, attached, options, deferred: None, finished: false })
+        Ok(Self { flight, buffer, target, attached, options, deferred: None, finished: false, segments: Vec::new() })
     }
 
     // The flight is taken out only by `close`, which consumes the stream, and by drop.
@@ -219,23 +221,24 @@ impl<'a> AsyncUringStream<'a> {
             return Err(PipelineError::invalid(format!("{} ranges", ranges.len()), "pass 1 to 1024"));
         }
         let start = self.buffer.span().start;
-        let mut segments = Vec::with_capacity(ranges.len());
-        for &(offset, len) in ranges {
+        let mut segments = std::mem::take(&mut self.segments);
+        segments.clear();
+        for &(offset, len) in ranges.iter().filter(|&&(_, len)| len > 0) {
             PipelineError::check_range("read target", offset as u64, len as u64, self.buffer.len() as u64)?;
-            if len > 0 {
-                segments.push((start + offset, len));
-            }
+            segments.push((start + offset, len));
         }
-        let mut sorted = segments.clone();
-        sorted.sort_unstable();
-        if sorted.windows(2).any(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
-            return Err(PipelineError::invalid(
-                "overlapping ranges",
-                "each byte of the buffer can take one byte of the file",
-            ));
-        }
-        let target = self.target.clone();
-        self.submit(file.into(), file_offset, target, &segments, ranges[0].0, user_data)
+        // The upper half is scratch: the same ranges by address.
+        let count = segments.len();
+        segments.extend_from_within(..);
+        let (segments_in_order, by_address) = segments.split_at_mut(count);
+        by_address.sort_unstable();
+        let result = if by_address.windows(2).any(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
+            Err(PipelineError::invalid("overlapping ranges", "each byte of the buffer can take one byte of the file"))
+        } else {
+            self.submit(file.into(), file_offset, self.target.clone(), segments_in_order, ranges[0].0, user_data)
+        };
+        self.segments = segments;
+        result
     }
 
     /// Reads `len` bytes at `file_offset` into slot `chunk_idx` (at `chunk_idx * len`) of the buffer registered with
@@ -537,7 +540,8 @@ impl<'a> AsyncUringStream<'a> {
     /// Bytes of bookkeeping the stream holds, without the buffer, the bounce buffer and the kernel's memory.
     #[must_use]
     pub fn footprint(&self) -> usize {
-        size_of::<Self>() + self.flight().footprint() + self.flight().queue.footprint()
+        let scratch = self.segments.capacity() * size_of::<Segment>();
+        size_of::<Self>() + scratch + self.flight().footprint() + self.flight().queue.footprint()
     }
 
     // Ending

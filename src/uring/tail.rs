@@ -27,7 +27,7 @@ impl TailLine {
         unsafe { Self::in_buffer(&GpuMappedBuffer::from(buffer), 0) }
     }
 
-    /// A line inside a buffer, at a multiple of 128 bytes. The words are reset.
+    /// A line inside a buffer, at a multiple of 128 bytes. A stream that publishes to it resets the words.
     ///
     /// # Safety
     /// While the line is in use nothing else writes to these 128 bytes: no read is submitted into them, and no host
@@ -46,7 +46,6 @@ impl TailLine {
         if !line.region.address(offset).is_multiple_of(align_of::<TailLineWords>() as u64) {
             return Err(PipelineError::invalid(format!("tail line at offset {offset}"), "align it to 128 bytes"));
         }
-        line.words().reset();
         Ok(line)
     }
 
@@ -95,6 +94,14 @@ impl From<TailLine> for TailWord<'_> {
 }
 
 impl TailWord<'_> {
+    /// Starts over: nothing submitted, nothing bad.
+    pub(super) fn open(&self) {
+        match self {
+            Self::Line(line) => line.words().reset(),
+            word => word.publish(0),
+        }
+    }
+
     /// Publishes the tail.
     ///
     /// Release: the bytes of every submission below `tail` are in place before it. The kernel (or a device) wrote them
@@ -116,10 +123,11 @@ impl TailWord<'_> {
     /// `first_bad` too.
     pub(super) fn publish_bad(&self, bad: Option<(u64, i32)>) {
         if let Self::Line(line) = self {
-            let (sequence, errno) = bad.unwrap_or((NO_SEQUENCE, 0));
             let words = line.words();
-            words.error.store(-errno, Ordering::Relaxed);
-            words.first_bad.store(sequence, Ordering::Release);
+            if let Some((_, errno)) = bad {
+                words.error.store(-errno, Ordering::Relaxed);
+            }
+            words.first_bad.store(bad.map_or(NO_SEQUENCE, |(sequence, _)| sequence), Ordering::Release);
         }
     }
 
@@ -156,6 +164,7 @@ mod tests {
             assert_eq!(TailLine::in_buffer(&buffer, 4096).unwrap_err().errno(), libc::ERANGE);
             assert_eq!(TailLine::in_buffer(&buffer, 64).unwrap_err().errno(), libc::EINVAL);
             let line = TailLine::in_buffer(&buffer, 128).unwrap();
+            TailWord::from(line.clone()).open();
             assert_eq!(line.as_device_ptr(), buffer.as_device_ptr().map(|device| device + 128));
             assert_eq!(line.words().first_bad.load(Ordering::Relaxed), NO_SEQUENCE);
         }
@@ -175,6 +184,7 @@ mod tests {
     fn end_error_and_state() {
         let line = TailLine::alloc().unwrap();
         let tail = TailWord::from(line.clone());
+        tail.open();
         tail.publish_bad(Some((7, libc::EIO)));
         assert_eq!(line.words().first_bad.load(Ordering::Acquire), 7);
         assert_eq!(line.words().error.load(Ordering::Relaxed), -libc::EIO);
