@@ -95,7 +95,7 @@ pub(crate) fn direct_support(fd: RawFd) -> Result<DirectSupport, Errno> {
         x.assume_init()
     };
     if x.stx_mask & libc::STATX_DIOALIGN == 0 {
-        return Ok(DirectSupport::Unknown);
+        return Ok(if is_memory(fd)? { DirectSupport::Unsupported } else { DirectSupport::Unknown });
     }
     if x.stx_dio_offset_align == 0 || x.stx_dio_mem_align == 0 {
         return Ok(DirectSupport::Unsupported);
@@ -103,6 +103,19 @@ pub(crate) fn direct_support(fd: RawFd) -> Result<DirectSupport, Errno> {
     let read = if x.stx_mask & libc::STATX_DIO_READ_ALIGN != 0 { x.stx_dio_read_offset_align } else { 0 };
     let offset = if read != 0 { read } else { x.stx_dio_offset_align };
     Ok(DirectSupport::Aligned { memory: x.stx_dio_mem_align, offset })
+}
+
+/// Whether the file lives in the page cache alone. Such file systems take the O_DIRECT flag and ignore it.
+fn is_memory(fd: RawFd) -> Result<bool, Errno> {
+    const RAMFS_MAGIC: i64 = 0x8584_58f6;
+    fault::point("fstatfs")?;
+    let mut stat = std::mem::MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: `stat` is a valid place for the result, and all-zero bytes are a valid `statfs`.
+    let stat = unsafe {
+        check(libc::fstatfs(fd, stat.as_mut_ptr()).into())?;
+        stat.assume_init()
+    };
+    Ok([libc::TMPFS_MAGIC, RAMFS_MAGIC].contains(&stat.f_type))
 }
 
 /// Duplicates a descriptor (close-on-exec).

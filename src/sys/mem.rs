@@ -136,8 +136,8 @@ mod tests {
     fn mappings_are_aligned_zeroed_and_whole_pages() {
         for (len, align) in [(1, 1), (4097, 4096), (3 << 20, 1), (4096, 1 << 20), (8192, 2 << 20)] {
             let mapping = Mapping::anonymous(len, align, HugePages::Advise).unwrap();
-            assert_eq!(mapping.base().as_ptr() as usize % align.max(page_size()), 0);
-            assert!(mapping.len() >= len && mapping.len() % page_size() == 0);
+            assert!((mapping.base().as_ptr() as usize).is_multiple_of(align.max(page_size())));
+            assert!(mapping.len() >= len && mapping.len().is_multiple_of(page_size()));
             // SAFETY: the mapping is `len` readable bytes or more.
             let last = unsafe { mapping.base().as_ptr().add(len - 1).read() };
             assert_eq!(last, 0);

@@ -109,7 +109,7 @@ impl InputFile {
         }
     }
 
-    /// Bytes in the file when it was opened.
+    /// Bytes in the file when it was opened, by `fstat` (0 for what procfs and sysfs make up while it is read).
     #[must_use]
     pub fn len(&self) -> u64 {
         self.0.len

@@ -479,7 +479,8 @@ impl<'a, Q: Queue> Flight<'a, Q> {
         let one_slot = first.is_some() && segments.iter().all(|segment| slot_of(segment) == first);
         match first {
             Some(_) if one_slot && self.queue.has_readv_fixed() => Some(Command::Vectored { slot: first }),
-            Some(_) if self.options.strict => None,
+            // Cut into ranges, each of which stays in the registration.
+            _ if self.options.strict && segments.iter().any(|&(offset, _)| target.slot(offset).is_some()) => None,
             _ => Some(Command::Vectored { slot: None }),
         }
     }
@@ -591,7 +592,10 @@ impl<'a, Q: Queue> Flight<'a, Q> {
         if let Some(bounce) = &mut self.bounce {
             bounce.free.push(slot.index);
         }
-        if let Some(op) = self.bounce_wait.pop_front() {
+        // One in line that is lost takes no slot: the next must not wait for another to be given back.
+        while self.bounce.as_ref().is_some_and(|bounce| !bounce.free.is_empty())
+            && let Some(op) = self.bounce_wait.pop_front()
+        {
             self.proceed(op);
         }
     }
@@ -670,9 +674,15 @@ impl<'a, Q: Queue> Flight<'a, Q> {
     }
 
     /// Why no further command of a submission should be issued; 0 when there is no reason.
+    ///
+    /// The end of the file in one part is none: the parts before it still have bytes, which are to be in place.
     fn lost(&mut self, sequence: u64) -> Errno {
         let record = self.record(sequence);
-        if record.cancelled { libc::ECANCELED } else { record.errno }
+        match record.errno {
+            _ if record.cancelled => libc::ECANCELED,
+            libc::ENODATA => 0,
+            errno => errno,
+        }
     }
 
     /// Stages the next command of a contiguous op, unless its submission is lost already.
@@ -722,15 +732,19 @@ impl<'a, Q: Queue> Flight<'a, Q> {
 
     /// A command ended with an errno.
     fn refused(&mut self, mut op: Op, errno: Errno) {
-        let lost = self.lost(op.sequence) != 0;
+        // Whatever became of the command: a cancelled submission says so, another keeps its first errno.
+        let lost = self.lost(op.sequence);
+        if lost != 0 {
+            return self.end_op(op, lost);
+        }
         match errno {
-            libc::EINTR | libc::EAGAIN if !lost && op.retries < self.options.max_retries => {
+            libc::EINTR | libc::EAGAIN if op.retries < self.options.max_retries => {
                 let wait = self.options.backoff * (1 << op.retries.min(10));
                 op.retries += 1;
                 self.stats.retries += 1;
                 self.sleeping.push((self.queue.now() + wait, op));
             }
-            libc::EINVAL if !lost && op.direct.is_none() => match op.file.unknown_fd().map(direct_alignment) {
+            libc::EINVAL if op.direct.is_none() => match op.file.unknown_fd().map(direct_alignment) {
                 // The caller's descriptor is O_DIRECT and the read is not aligned for it: go by its rules.
                 Some(Ok(Some(alignment))) => {
                     op.direct = Some(alignment);
@@ -748,7 +762,8 @@ impl<'a, Q: Queue> Flight<'a, Q> {
             self.spare.push(std::mem::take(&mut op.segments));
         }
         let record = self.record(op.sequence);
-        if record.errno == 0 {
+        // The first errno counts, but the end of the file hides no failure: its byte count would be wrong.
+        if record.errno == 0 || record.errno == libc::ENODATA && errno != 0 {
             record.errno = errno;
         }
         self.end_part(op.sequence, op.file, op.target);
@@ -850,6 +865,7 @@ impl<'a, Q: Queue> Flight<'a, Q> {
     /// taken, the timeout passes (`ETIMEDOUT`), or nothing is left that could complete.
     pub(crate) fn drive(&mut self, min: usize, timeout: Option<Duration>) -> Result<()> {
         let deadline = timeout.filter(|_| min > 0).map(|timeout| self.queue.now().saturating_add(timeout));
+        let mut looked = false;
         loop {
             self.reap_all();
             self.wake()?;
@@ -869,6 +885,11 @@ impl<'a, Q: Queue> Flight<'a, Q> {
             let now = self.queue.now();
             let left = deadline.map(|deadline| deadline.saturating_sub(now));
             if left == Some(Duration::ZERO) {
+                // Even without time to wait, what is queued is submitted and what is done is found.
+                if !std::mem::replace(&mut looked, true) && self.queue.wants_enter() {
+                    self.enter(0, None)?;
+                    continue;
+                }
                 return Err(PipelineError::timed_out(
                     format!("waiting for {min} completions"),
                     format!("{} are there, {} reads are in flight: wait again or cancel", self.ready(), self.flying),
@@ -877,8 +898,10 @@ impl<'a, Q: Queue> Flight<'a, Q> {
             let nap = self.sleeping.iter().map(|(wake, _)| wake.saturating_sub(now)).min();
             let limit = left.into_iter().chain(nap).min();
             let wait = (min - self.ready()).min(self.queue.in_kernel().max(1)) as u32;
-            // A nap ends alone: do not ask for more than could come before it.
-            self.enter(if nap.is_some() { 1 } else { wait }, limit)?;
+            // Ops outside the kernel go in as others come out, and a nap ends alone: do not ask for more than could
+            // come before that.
+            let outside = nap.is_some() || !self.pending.is_empty() || !self.bounce_wait.is_empty();
+            self.enter(if outside { 1 } else { wait }, limit)?;
         }
     }
 

@@ -24,5 +24,6 @@ pub use tail::{TailLine, TailWord};
 #[cfg(feature = "testing")]
 pub(crate) use {
     flight::{Flight, FlightOptions, Request, Segment},
-    queue::{Op, Queue, Reaped, Target},
+    queue::{BounceSlot, Command, Op, Queue, Reaped, Target},
+    registry::{BufferEntry, SPLIT},
 };

@@ -165,7 +165,6 @@ pub(crate) struct KernelQueue {
     slots: Vec<Slot>,
     free: Vec<u32>,
     cancels: usize,
-    cancel_limit: usize,
     epoch: Instant,
     register: bool,
 }
@@ -173,16 +172,15 @@ pub(crate) struct KernelQueue {
 impl KernelQueue {
     /// Takes over a ring. `register`: whether the stream's own memory may be registered.
     pub(crate) fn new(ring: IoUringState, register: bool) -> Self {
-        // Commands in flight never exceed what the completion queue can hold; an eighth is kept for cancellations.
+        // Commands in flight never exceed what the completion queue can hold; an eighth is kept for cancellations. More
+        // of them overflow it, which costs an `enter` and loses nothing (IORING_FEAT_NODROP).
         let room = ring.features().cq_entries as usize;
-        let cancel_limit = (room / 8).min(64);
-        let commands = (room - cancel_limit).max(1);
+        let commands = room - (room / 8).min(64);
         Self {
             ring: ManuallyDrop::new(ring),
             slots: std::iter::repeat_with(Slot::default).take(commands).collect(),
             free: (0..commands as u32).rev().collect(),
             cancels: 0,
-            cancel_limit,
             epoch: Instant::now(),
             register,
         }
@@ -204,6 +202,24 @@ impl KernelQueue {
     pub(crate) fn retire(&mut self, entry: Arc<BufferEntry>) {
         let IoUringState { ring, buffers, .. } = &mut *self.ring;
         buffers.retire(ring, entry);
+    }
+
+    /// Makes room for one SQE, submitting earlier ones if need be.
+    #[inline]
+    fn make_sq_room(&mut self) -> Result<bool, Errno> {
+        if self.ring.ring.sq_room() == 0 {
+            self.enter(0, None)?;
+            if self.ring.ring.sq_room() == 0 && self.ring.features().sqpoll {
+                self.ring.ring.wait_for_sq_room()?;
+            }
+        }
+        Ok(self.ring.ring.sq_room() > 0)
+    }
+
+    /// Clears registrations that were given up and that no unfinished read uses any more.
+    pub(crate) fn sweep(&mut self) {
+        let IoUringState { ring, buffers, .. } = &mut *self.ring;
+        buffers.sweep(ring);
     }
 
     /// Bytes of bookkeeping.
@@ -229,16 +245,7 @@ impl KernelQueue {
 impl Queue for KernelQueue {
     #[inline]
     fn make_room(&mut self) -> Result<bool, Errno> {
-        if self.free.is_empty() {
-            return Ok(false);
-        }
-        if self.ring.ring.sq_room() == 0 {
-            self.enter(0, None)?;
-            if self.ring.ring.sq_room() == 0 && self.ring.features().sqpoll {
-                self.ring.ring.wait_for_sq_room()?;
-            }
-        }
-        Ok(self.ring.ring.sq_room() > 0)
+        if self.free.is_empty() { Ok(false) } else { self.make_sq_room() }
     }
 
     #[inline]
@@ -262,11 +269,11 @@ impl Queue for KernelQueue {
     fn cancel(&mut self, sequence: u64) {
         for index in 0..self.slots.len() {
             let slot = &self.slots[index];
-            if slot.op.as_ref().is_none_or(|op| op.sequence != sequence) || self.cancels == self.cancel_limit {
+            if slot.op.as_ref().is_none_or(|op| op.sequence != sequence) {
                 continue;
             }
             let entry = opcode::AsyncCancel::new(slot.token(index as u32)).build().user_data(CANCEL);
-            if self.ring.ring.sq_room() == 0 && self.enter(0, None).is_err() {
+            if self.make_sq_room().is_err() {
                 return;
             }
             // SAFETY: a cancel command points to nothing.

@@ -4,7 +4,7 @@ use super::file::{DirectAlignment, FileRef, direct_alignment};
 use crate::error::{PipelineError, Result, Text};
 use crate::memory::{GpuMappedBuffer, MemoryKind, Region};
 use crate::sys::mem::memlock_limit;
-use crate::sys::uring::Ring;
+use crate::sys::uring::{Ring, SetupParams, setup};
 use crate::sys::{Errno, file};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -26,6 +26,13 @@ pub(crate) struct BufferEntry {
 }
 
 impl BufferEntry {
+    /// For the simulator: a registration that no kernel knows of.
+    #[cfg(feature = "testing")]
+    pub(crate) fn simulated(buffer: &GpuMappedBuffer<'_>, first: u16) -> Arc<Self> {
+        let span = buffer.span();
+        Arc::new(Self { region: Arc::clone(buffer.region()), start: span.start, len: span.len(), first })
+    }
+
     pub(super) fn region(&self) -> &Region {
         &self.region
     }
@@ -297,14 +304,8 @@ impl BufferTable {
         let Some(table) = &self.logical else {
             return Err(PipelineError::invalid("sharing buffers", "none are registered"));
         };
-        let fd = file::duplicate(ring.fd()).map_err(|errno| PipelineError::Syscall {
-            call: "fcntl",
-            what: "F_DUPFD_CLOEXEC of the ring".to_owned(),
-            errno,
-            fix: "raise RLIMIT_NOFILE".into(),
-        })?;
         Ok(SharedBuffers {
-            fd,
+            fd: hub(ring)?,
             table: table.clone(),
             used: self.used.clone(),
             version: Arc::clone(&self.version),
@@ -350,11 +351,7 @@ impl BufferTable {
         self.sparse = self.sparse && ring.registered_call(|submitter| submitter.register_buffers_sparse(slots)).is_ok();
         match cloned {
             Ok(()) => Err(stale()),
-            Err(libc::EINVAL) => Err(PipelineError::unsupported(
-                "sharing registered buffers between rings",
-                "IORING_REGISTER_CLONE_BUFFERS needs Linux 6.12: register the buffers with each ring",
-            )),
-            Err(errno) => Err(register_error("io_uring_register(CLONE_BUFFERS)", errno)),
+            Err(errno) => Err(clone_error(errno)),
         }
     }
 
@@ -385,6 +382,36 @@ impl BufferEntry {
     fn twin(&self) -> Arc<Self> {
         let Self { region, start, len, first } = self;
         Arc::new(Self { region: Arc::clone(region), start: *start, len: *len, first: *first })
+    }
+}
+
+/// A ring that only holds clones of this one's registrations. The kernel lets no other thread clone from a
+/// SINGLE_ISSUER ring (`io_register_clone_buffers`: EEXIST), but from one without an issuer any thread may.
+fn hub(ring: &Ring) -> Result<OwnedFd> {
+    let params =
+        SetupParams { entries: 1, cq_entries: 1, flags: setup::CQSIZE, sq_thread_idle_ms: 0, sq_thread_cpu: 0 };
+    let hub = Ring::setup(params).map_err(|errno| PipelineError::IoUringSyscall {
+        call: "io_uring_setup",
+        errno,
+        fix: "sharing buffers takes a small ring of its own: raise RLIMIT_NOFILE or the memory limits".into(),
+    })?;
+    let source = ring.fd();
+    hub.registered_call(|submitter| submitter.register_buffers_clone(source)).map_err(clone_error)?;
+    file::duplicate(hub.fd()).map_err(|errno| PipelineError::Syscall {
+        call: "fcntl",
+        what: "F_DUPFD_CLOEXEC of a ring".to_owned(),
+        errno,
+        fix: "raise RLIMIT_NOFILE".into(),
+    })
+}
+
+fn clone_error(errno: Errno) -> PipelineError {
+    match errno {
+        libc::EINVAL => PipelineError::unsupported(
+            "sharing registered buffers between rings",
+            "IORING_REGISTER_CLONE_BUFFERS needs Linux 6.12: register the buffers with each ring",
+        ),
+        errno => register_error("io_uring_register(CLONE_BUFFERS)", errno),
     }
 }
 
@@ -437,7 +464,7 @@ fn register_error(call: &'static str, errno: Errno) -> PipelineError {
 
 /// One ring's registered buffers, to be taken over by others ([`clone_buffers`](super::IoUringState::clone_buffers)).
 ///
-/// Holds the first ring's descriptor and the buffers' memory.
+/// Holds the registrations and the buffers' memory, also when the first ring is gone.
 #[derive(Debug)]
 pub struct SharedBuffers {
     fd: OwnedFd,

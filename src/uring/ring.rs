@@ -273,10 +273,11 @@ impl IoUringState {
         self.buffers.len()
     }
 
-    /// A handle by which rings on other threads can share this ring's registered buffers.
+    /// A handle by which rings on other threads can share this ring's registered buffers (Linux 6.12).
     ///
     /// # Errors
-    /// `EINVAL` when no buffers are registered; the errno of `fcntl` (EMFILE).
+    /// `EINVAL` when no buffers are registered; `EOPNOTSUPP` on older kernels; that of `io_uring_setup(2)` for the small
+    /// ring that the handle holds (`EMFILE`, `ENOMEM`).
     pub fn share_buffers(&self) -> Result<SharedBuffers> {
         self.check_thread()?;
         self.buffers.share(&self.ring)

@@ -362,7 +362,7 @@ impl<'a> AsyncUringStream<'a> {
     /// # Errors
     /// That of a failed submission, or of the system call. `EPERM` on another thread.
     pub fn poll(&mut self) -> Result<usize> {
-        let driven = self.flight_mut()?.drive(0, None);
+        let driven = self.drive(0, None)?;
         let mut count = 0;
         let flight = self.flight_mut()?;
         while flight.peek_status() == Some(0) {
@@ -384,7 +384,7 @@ impl<'a> AsyncUringStream<'a> {
     /// # Errors
     /// That of the system call, when there is no record to return. `EPERM` on another thread.
     pub fn poll_into(&mut self, out: &mut [Completion]) -> Result<usize> {
-        let driven = self.flight_mut()?.drive(0, None);
+        let driven = self.drive(0, None)?;
         self.take_into(out, driven)
     }
 
@@ -394,12 +394,21 @@ impl<'a> AsyncUringStream<'a> {
     /// # Errors
     /// `ETIMEDOUT` when the timeout passes first; the errors of `io_uring_enter(2)`; `EPERM` on another thread.
     pub fn wait_for_completion(&mut self, min: usize, timeout: Option<Duration>) -> Result<usize> {
+        self.flight_mut()?;
         if let Some(error) = self.deferred.take() {
             return Err(error);
         }
+        self.drive(min, timeout)??;
+        Ok(self.flight().ready())
+    }
+
+    /// The outer error is `EPERM` on another thread, the inner one that of the system call.
+    fn drive(&mut self, min: usize, timeout: Option<Duration>) -> Result<Result<()>> {
         let flight = self.flight_mut()?;
-        flight.drive(min, timeout)?;
-        Ok(flight.ready())
+        let driven = flight.drive(min, timeout);
+        // Registrations given up earlier (a replaced buffer's) go with the last read that used them.
+        flight.queue.sweep();
+        Ok(driven)
     }
 
     fn take_into(&mut self, out: &mut [Completion], driven: Result<()>) -> Result<usize> {
