@@ -591,13 +591,14 @@ fn a_file_in_use_cannot_be_replaced() {
     assert_eq!(errno(stream.ring_mut().unwrap().unregister_files()), libc::EBUSY);
     pipe.feed(0, 100);
     assert_eq!(take_one(&mut stream).status, 0);
-    let held = stream.registered_file(0).unwrap();
-    assert_eq!(errno(stream.ring_mut().unwrap().update_file(0, Some(fd))), libc::EBUSY);
-    drop(held);
+    // A reference names the index, not the file.
+    let by_index = stream.registered_file(0).unwrap();
     stream.ring_mut().unwrap().update_file(0, Some(fd)).unwrap();
-    stream.submit_read_to_gpu_fixed_file(0, 0, 0, 4096, 0).unwrap();
+    stream.submit_read_to_gpu_at(by_index.clone(), 0, 0, 4096).unwrap();
     assert_eq!(take_one(&mut stream).status, 0);
     check(&bytes(&stream), 0);
+    stream.ring_mut().unwrap().update_file(0, None).unwrap();
+    assert_eq!(errno(stream.submit_read_to_gpu_at(by_index, 0, 0, 4096)), libc::EINVAL);
 }
 
 /// A registered-file flag must not survive in a queue entry that a plain descriptor uses next (or the other way round).

@@ -128,9 +128,9 @@ pub(crate) fn duplicate(fd: RawFd) -> Result<OwnedFd, Errno> {
     }
 }
 
-/// `/proc/self/status` field, trimmed.
-pub(crate) fn process_status(field: &str) -> Option<String> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+/// A field of the calling thread's `/proc/.../status`, trimmed.
+pub(crate) fn thread_status(field: &str) -> Option<String> {
+    let status = std::fs::read_to_string("/proc/thread-self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
     Some(line.trim().to_owned())
 }

@@ -260,7 +260,7 @@ impl<'a> Harness<'a> {
         }
         Ok(Self {
             rng,
-            flight: Flight::new(sim, tail, options),
+            flight: Flight::new(sim, tail, arenas[0].target.clone(), options),
             options,
             line,
             files,
@@ -427,7 +427,7 @@ impl<'a> Harness<'a> {
         let submitted = self.flight.submit(Request {
             file: self.files[file].clone(),
             file_offset,
-            target: self.arenas[arena].target.clone(),
+            target: (arena > 0).then(|| self.arenas[arena].target.clone()),
             segments: &segments,
             buffer_offset,
             user_data,

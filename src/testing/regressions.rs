@@ -15,9 +15,10 @@ use std::time::Duration;
 #[derive(Default)]
 struct Manual {
     unsubmitted: usize,
-    held: Vec<Op>,
+    #[allow(clippy::vec_box, reason = "as the flight hands them out")]
+    held: Vec<Box<Op>>,
     done: VecDeque<Reaped>,
-    cancels: Vec<u64>,
+    cancels: Vec<Option<u64>>,
     enters: u32,
 }
 
@@ -39,12 +40,12 @@ impl Queue for Manual {
         Ok(true)
     }
 
-    fn push(&mut self, op: Op) {
+    fn push(&mut self, op: Box<Op>, _segments: &[Segment]) {
         self.unsubmitted += 1;
         self.held.push(op);
     }
 
-    fn cancel(&mut self, sequence: u64) {
+    fn cancel(&mut self, sequence: Option<u64>) {
         self.cancels.push(sequence);
     }
 
@@ -103,14 +104,14 @@ fn memory() -> Target {
 }
 
 fn submit(flight: &mut Flight<'_, Manual>, file: &FileRef, at: u64, target: &Target, segments: &[Segment]) -> u64 {
-    let (file, target) = (file.clone(), target.clone());
+    let (file, target) = (file.clone(), Some(target.clone()));
     let request = Request { file, file_offset: at, target, segments, buffer_offset: 0, user_data: 0 };
     flight.submit(request).unwrap()
 }
 
 /// A read of 512 aligned bytes, then 1024, then a ragged end: the middle is one command, the end another.
 fn with_ragged_end(tail: &AtomicU64) -> Flight<'_, Manual> {
-    let mut flight = Flight::new(Manual::default(), TailWord::from(tail), OPTIONS);
+    let mut flight = Flight::new(Manual::default(), TailWord::from(tail), memory(), OPTIONS);
     submit(&mut flight, &direct_file(), 0, &memory(), &[(0, 1536 + 100)]);
     flight
 }
@@ -149,10 +150,10 @@ fn the_end_of_file_hides_no_error() {
 fn a_cancelled_read_that_was_interrupted_says_cancelled() {
     for errno in [libc::EINTR, libc::EAGAIN, libc::ECANCELED] {
         let tail = AtomicU64::new(0);
-        let mut flight = Flight::new(Manual::default(), TailWord::from(&tail), OPTIONS);
+        let mut flight = Flight::new(Manual::default(), TailWord::from(&tail), memory(), OPTIONS);
         let sequence = submit(&mut flight, &FileRef::simulated(0, None), 0, &memory(), &[(0, 100)]);
         flight.cancel(sequence).unwrap();
-        assert_eq!(flight.queue.cancels, [sequence]);
+        assert_eq!(flight.queue.cancels, [Some(sequence)]);
         flight.queue.complete(0, -errno);
         flight.drive(0, None).unwrap();
         assert_eq!(flight.take().unwrap().status, -libc::ECANCELED);
@@ -164,7 +165,7 @@ fn a_cancelled_read_that_was_interrupted_says_cancelled() {
 #[test]
 fn a_lost_op_in_line_for_a_bounce_slot_passes_it_on() {
     let tail = AtomicU64::new(0);
-    let mut flight = Flight::new(Manual::default(), TailWord::from(&tail), OPTIONS);
+    let mut flight = Flight::new(Manual::default(), TailWord::from(&tail), memory(), OPTIONS);
     let (file, target) = (direct_file(), memory());
     submit(&mut flight, &file, 0, &target, &[(1, 100), (201, 100), (401, 100), (601, 100)]);
     submit(&mut flight, &file, 5120, &target, &[(1001, 100)]);
@@ -184,7 +185,7 @@ fn a_lost_op_in_line_for_a_bounce_slot_passes_it_on() {
 #[test]
 fn a_wait_without_time_still_submits() {
     let tail = AtomicU64::new(0);
-    let mut flight = Flight::new(Manual::default(), TailWord::from(&tail), OPTIONS);
+    let mut flight = Flight::new(Manual::default(), TailWord::from(&tail), memory(), OPTIONS);
     submit(&mut flight, &FileRef::simulated(0, None), 0, &memory(), &[(0, 100)]);
     assert_eq!(flight.drive(1, Some(Duration::ZERO)).unwrap_err().errno(), libc::ETIMEDOUT);
     assert_eq!((flight.queue.enters, flight.queue.unsubmitted), (1, 0));
@@ -198,7 +199,7 @@ fn a_strict_scatter_read_across_a_split_stays_registered() {
     let target = Target::Registered(BufferEntry::simulated(&GpuMappedBuffer::from(memory), 5));
     let tail = AtomicU64::new(0);
     let strict = FlightOptions { strict: true, ..OPTIONS };
-    let mut flight = Flight::new(Manual::default(), TailWord::from(&tail), strict);
+    let mut flight = Flight::new(Manual::default(), TailWord::from(&tail), target.clone(), strict);
     submit(&mut flight, &FileRef::simulated(0, None), 0, &target, &[(SPLIT - 50, 100), (SPLIT + 500, 100)]);
     while let Some(op) = flight.queue.held.first() {
         let Command::Direct { len, slot: Some(slot) } = op.command else { panic!("unregistered: {op:?}") };

@@ -140,7 +140,7 @@ enum Outcome {
 
 #[derive(Debug)]
 struct Live {
-    op: Op,
+    op: Box<Op>,
     outcome: Outcome,
     /// The CQE's result once the data was moved.
     result: i32,
@@ -346,13 +346,13 @@ impl<'a> Sim<'a> {
     // Commands
 
     /// What the real kernel would refuse, and what it would not but the caller would not like.
-    fn check_push(&mut self, op: &Op) {
-        if let Some(what) = self.objection(op) {
+    fn check_push(&mut self, op: &Op, segments: &[Segment]) {
+        if let Some(what) = self.objection(op, segments) {
             self.violate(|| format!("{what}: {op:?}"));
         }
     }
 
-    fn objection(&self, op: &Op) -> Option<&'static str> {
+    fn objection(&self, op: &Op, segments: &[Segment]) -> Option<&'static str> {
         let Some(attempt) = self.attempts.get(op.sequence as usize) else {
             return Some("command of an unknown submission");
         };
@@ -368,7 +368,7 @@ impl<'a> Sim<'a> {
         match &op.command {
             Command::Direct { len, slot } => {
                 let len = *len as usize;
-                if len == 0 || len > op.remaining || !op.segments.is_empty() {
+                if len == 0 || len > op.remaining {
                     return Some("direct command of a wrong length");
                 }
                 let registered = op.target.slot(op.target_offset);
@@ -387,23 +387,24 @@ impl<'a> Sim<'a> {
                 if self.slots.iter().filter_map(|(_, live)| live.as_ref()).any(lent) {
                     return Some("bounce slot lent twice");
                 }
-                let leaves = slot.pool.slot(slot.offset).is_none() && op.target.slot(op.target_offset).is_some();
+                let leaves = slot.registration().is_none() && op.target.slot(op.target_offset).is_some();
                 if self.strict && leaves {
                     return Some("strict, and bounced through unregistered memory");
                 }
-                if slot.offset + len > slot.pool.region().len() {
+                if slot.offset() + len > slot.pool.region().len() {
                     return Some("bounce command outside the bounce buffer");
                 }
                 self.place_objection(attempt, op, want)
             }
             Command::Vectored { slot } => {
-                if op.segments != attempt.segments || op.file_offset != attempt.file_offset {
+                let whole = op.file_offset == attempt.file_offset && op.remaining as u64 == attempt.requested;
+                if segments != attempt.segments || !whole {
                     return Some("vectored command of other segments");
                 }
                 let within = |&(at, len): &Segment| {
                     op.target.slot(at).is_some_and(|(index, reach)| Some(index) == *slot && len <= reach)
                 };
-                if slot.is_some() && !op.segments.iter().all(within) {
+                if slot.is_some() && !segments.iter().all(within) {
                     return Some("vectored command leaves its registration");
                 }
                 if self.strict && matches!(op.target, Target::Registered(_)) && slot.is_none() {
@@ -430,7 +431,8 @@ impl<'a> Sim<'a> {
         if !fits {
             return Some("command outside the submission's ranges");
         }
-        let mine = |live: &&Live| live.op.sequence == op.sequence && live.op.segments.is_empty();
+        let mine =
+            |live: &&Live| live.op.sequence == op.sequence && !matches!(live.op.command, Command::Vectored { .. });
         let clash = self.slots.iter().filter_map(|(_, live)| live.as_ref()).filter(mine).any(|live| {
             live.op.target_offset < op.target_offset + len
                 && op.target_offset < live.op.target_offset + command_len(&live.op).1
@@ -439,7 +441,7 @@ impl<'a> Sim<'a> {
     }
 
     /// Whether an O_DIRECT file takes the command.
-    fn aligned(op: &Op, direct: DirectAlignment) -> bool {
+    fn aligned(op: &Op, segments: &[Segment], direct: DirectAlignment) -> bool {
         let (block, memory) = (u64::from(direct.offset), u64::from(direct.memory));
         let fits = |offset: u64, len: usize, address: u64| {
             offset.is_multiple_of(block) && (len as u64).is_multiple_of(block) && address.is_multiple_of(memory)
@@ -449,10 +451,10 @@ impl<'a> Sim<'a> {
                 fits(op.file_offset, *len as usize, op.target.region().address(op.target_offset))
             }
             Command::Bounce { file_offset, len, slot, .. } => {
-                fits(*file_offset, *len as usize, slot.pool.region().address(slot.offset))
+                fits(*file_offset, *len as usize, slot.pool.region().address(slot.offset()))
             }
             Command::Vectored { .. } => {
-                op.segments.iter().all(|&(offset, len)| fits(op.file_offset, len, op.target.region().address(offset)))
+                segments.iter().all(|&(offset, len)| fits(op.file_offset, len, op.target.region().address(offset)))
             }
         }
     }
@@ -486,10 +488,11 @@ impl<'a> Sim<'a> {
     fn choose(&mut self, index: usize) -> Outcome {
         let Some(live) = &self.slots[index].1 else { return Outcome::Full };
         let op = &live.op;
-        let file = &self.files[self.attempts[op.sequence as usize].file];
+        let attempt = &self.attempts[op.sequence as usize];
+        let file = &self.files[attempt.file];
         let (from, len, _) = command_range(op);
         if let Some(direct) = file.direct
-            && !Self::aligned(op, direct)
+            && !Self::aligned(op, &attempt.segments, direct)
         {
             if !file.late || op.direct.is_some() {
                 let what = format!("misaligned O_DIRECT command: {op:?}");
@@ -581,7 +584,7 @@ impl<'a> Sim<'a> {
             bytes[landed / 2] ^= 0x10;
         }
         if !useful || !self.mutate(Mutation::MissingData) {
-            write(op, 0, &bytes);
+            write(op, &self.attempts[op.sequence as usize].segments, 0, &bytes);
         }
         if self.may_stray(op) && self.mutate(Mutation::StrayByte) {
             op.target.region().copy_in(op.target_offset + len, &STRAY);
@@ -602,7 +605,7 @@ impl<'a> Sim<'a> {
     fn garbage(&mut self, op: &Op, from: usize, len: usize) {
         let mut bytes = vec![0; len];
         self.rng.fill(&mut bytes);
-        write(op, from, &bytes);
+        write(op, &self.attempts[op.sequence as usize].segments, from, &bytes);
     }
 
     /// Whether the bytes after the command are nobody's: a direct one that ends where its submission's range does.
@@ -715,7 +718,7 @@ impl<'a> Sim<'a> {
             Command::Direct { slot, .. } | Command::Vectored { slot } => (result, false, slot.is_some()),
             Command::Bounce { skip, want, slot, .. } => {
                 let useful = if result < 0 { result } else { (result - *skip as i32).clamp(0, *want as i32) };
-                (useful, true, slot.pool.slot(slot.offset).is_some())
+                (useful, true, slot.registration().is_some())
             }
         };
         let attempt = &mut self.attempts[op.sequence as usize];
@@ -744,9 +747,9 @@ impl Queue for Sim<'_> {
         Ok(self.sq.len() < self.nature.sq_entries)
     }
 
-    fn push(&mut self, op: Op) {
+    fn push(&mut self, op: Box<Op>, segments: &[Segment]) {
         self.tick();
-        self.check_push(&op);
+        self.check_push(&op, segments);
         if self.mutate(Mutation::KeptMemory) {
             std::mem::forget(op.target.clone());
         }
@@ -771,12 +774,13 @@ impl Queue for Sim<'_> {
         self.sq.push_back(Sqe::Read(index));
     }
 
-    fn cancel(&mut self, sequence: u64) {
+    fn cancel(&mut self, sequence: Option<u64>) {
         self.tick();
         for index in 0..self.slots.len() {
             let (generation, live) = &self.slots[index];
             let generation = *generation;
-            if live.as_ref().is_none_or(|live| live.op.sequence != sequence) {
+            let wanted = |live: &Live| sequence.is_none_or(|sequence| live.op.sequence == sequence);
+            if !live.as_ref().is_some_and(wanted) {
                 continue;
             }
             if self.sq.len() >= self.nature.sq_entries && self.enter(0, None).is_err() {
@@ -854,7 +858,7 @@ impl Queue for Sim<'_> {
             }
             if result > 0 && matches!(op.command, Command::Direct { .. }) && self.mutate(Mutation::DuplicateCompletion)
             {
-                self.duplicate = Some(Reaped { op: twin(&op), result });
+                self.duplicate = Some(Reaped { op: Box::new(twin(&op)), result });
             }
             return Some(Reaped { op, result });
         }
@@ -876,6 +880,11 @@ impl Queue for Sim<'_> {
         }
     }
 
+    fn pause(&mut self, time: Duration) {
+        self.tick();
+        self.pass(time.as_nanos() as u64);
+    }
+
     fn release(&mut self, target: Target) {
         if self.released.replace(target).is_some() {
             self.violate(|| "the bounce buffer was given up twice".to_owned());
@@ -892,7 +901,7 @@ fn command_range(op: &Op) -> (u64, usize, bool) {
     match &op.command {
         Command::Direct { len, .. } => (op.file_offset, *len as usize, false),
         Command::Bounce { file_offset, len, .. } => (*file_offset, *len as usize, true),
-        Command::Vectored { .. } => (op.file_offset, op.segments.iter().map(|&(_, len)| len).sum(), false),
+        Command::Vectored { .. } => (op.file_offset, op.remaining, false),
     }
 }
 
@@ -905,17 +914,17 @@ fn command_len(op: &Op) -> (u64, usize) {
 }
 
 fn overlap(a: &BounceSlot, b: &BounceSlot, len: usize) -> bool {
-    a.index == b.index || a.offset.abs_diff(b.offset) < len
+    a.index == b.index || a.offset().abs_diff(b.offset()) < len
 }
 
 /// Writes into a command's range, `from` bytes after its start.
-fn write(op: &Op, from: usize, bytes: &[u8]) {
+fn write(op: &Op, segments: &[Segment], from: usize, bytes: &[u8]) {
     match &op.command {
         Command::Direct { .. } => op.target.region().copy_in(op.target_offset + from, bytes),
-        Command::Bounce { slot, .. } => slot.pool.region().copy_in(slot.offset + from, bytes),
+        Command::Bounce { slot, .. } => slot.pool.region().copy_in(slot.offset() + from, bytes),
         Command::Vectored { .. } => {
             let (mut skip, mut rest) = (from, bytes);
-            for &(offset, len) in &op.segments {
+            for &(offset, len) in segments {
                 let here = len.saturating_sub(skip).min(rest.len());
                 if here > 0 {
                     op.target.region().copy_in(offset + skip, &rest[..here]);
@@ -940,7 +949,6 @@ fn twin(op: &Op) -> Op {
         target: op.target.clone(),
         target_offset: op.target_offset,
         remaining: op.remaining,
-        segments: Vec::new(),
         command: Command::Direct { len, slot },
         retries: op.retries,
         direct: op.direct,

@@ -1,6 +1,5 @@
 //! Files to read from, and how O_DIRECT wants them read.
 
-use super::registry::FileEntry;
 use crate::error::{PipelineError, Result};
 use crate::sys::{Errno, file};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -176,12 +175,17 @@ pub struct FileRef(pub(super) Source);
 pub(super) enum Source {
     Fd(RawFd),
     Open(Arc<OpenFile>),
-    Registered(Arc<FileEntry>),
+    Registered { index: u32, direct: Option<DirectAlignment> },
 }
 
 impl FileRef {
-    pub(super) fn registered(entry: &Arc<FileEntry>) -> Self {
-        Self(Source::Registered(Arc::clone(entry)))
+    pub(super) fn registered(index: u32, direct: Option<DirectAlignment>) -> Self {
+        Self(Source::Registered { index, direct })
+    }
+
+    /// No file: what an op at rest refers to.
+    pub(super) fn none() -> Self {
+        Self(Source::Fd(-1))
     }
 
     /// O_DIRECT alignment as far as it is known. A raw descriptor is asked when the kernel refuses a read with EINVAL.
@@ -189,7 +193,14 @@ impl FileRef {
         match &self.0 {
             Source::Fd(_) => None,
             Source::Open(file) => file.direct,
-            Source::Registered(entry) => entry.direct,
+            Source::Registered { direct, .. } => *direct,
+        }
+    }
+
+    pub(super) fn registered_index(&self) -> Option<u32> {
+        match self.0 {
+            Source::Registered { index, .. } => Some(index),
+            _ => None,
         }
     }
 
@@ -204,14 +215,14 @@ impl FileRef {
     /// For the simulator: an arbitrary number and alignment.
     #[cfg(feature = "testing")]
     pub(crate) fn simulated(index: u32, direct: Option<DirectAlignment>) -> Self {
-        Self::registered(&Arc::new(FileEntry { index, direct }))
+        Self::registered(index, direct)
     }
 
     /// For the simulator: the number given to [`simulated`](Self::simulated).
     #[cfg(feature = "testing")]
     pub(crate) fn index(&self) -> u32 {
         match &self.0 {
-            Source::Registered(entry) => entry.index,
+            Source::Registered { index, .. } => *index,
             Source::Fd(fd) => *fd as u32,
             Source::Open(file) => file.fd.as_raw_fd() as u32,
         }

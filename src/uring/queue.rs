@@ -5,6 +5,7 @@
 //! read by construction; a queue dropped earlier leaks what the kernel still holds.
 
 use super::file::{FileRef, Source};
+use super::flight::Segment;
 use super::registry::BufferEntry;
 use super::ring::IoUringState;
 use crate::memory::Region;
@@ -25,6 +26,16 @@ pub(crate) enum Target {
 }
 
 impl Target {
+    /// Whether both are the same registration, or the same unregistered memory.
+    #[inline]
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Plain(a), Self::Plain(b)) => Arc::ptr_eq(a, b),
+            (Self::Registered(a), Self::Registered(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+
     pub(crate) fn region(&self) -> &Region {
         match self {
             Self::Plain(region) => region,
@@ -48,7 +59,7 @@ pub(crate) enum Command {
     Direct { len: u32, slot: Option<u16> },
     /// `len` bytes from `file_offset` into a bounce slot; `want` of them, after `skip`, are the op's.
     Bounce { file_offset: u64, len: u32, skip: u32, want: u32, slot: BounceSlot },
-    /// All of the op's segments at once.
+    /// A whole scatter list at once.
     Vectored { slot: Option<u16> },
 }
 
@@ -56,11 +67,25 @@ pub(crate) enum Command {
 #[derive(Debug)]
 pub(crate) struct BounceSlot {
     pub(crate) pool: Target,
-    pub(crate) offset: usize,
     pub(crate) index: u16,
+    /// Bytes of every slot.
+    pub(crate) size: u32,
 }
 
-/// One contiguous stretch of a submission (or a whole scatter list), read by one command at a time.
+impl BounceSlot {
+    /// Where in the pool's region the slot starts.
+    pub(crate) fn offset(&self) -> usize {
+        usize::from(self.index) * self.size as usize
+    }
+
+    /// The kernel's index of the slot's registration.
+    pub(crate) fn registration(&self) -> Option<u16> {
+        self.pool.slot(self.offset()).map(|(slot, _)| slot)
+    }
+}
+
+/// One contiguous stretch of a submission (or a whole scatter list), read by one command at a time. Boxed, because it
+/// changes hands several times, and used again.
 #[derive(Debug)]
 pub(crate) struct Op {
     pub(crate) sequence: u64,
@@ -68,12 +93,10 @@ pub(crate) struct Op {
     /// File position of the next byte.
     pub(crate) file_offset: u64,
     pub(crate) target: Target,
-    /// Where in the target's region the next byte goes. Unused with segments.
+    /// Where in the target's region the next byte goes. Unused by a vectored command.
     pub(crate) target_offset: usize,
     /// Bytes still to come.
     pub(crate) remaining: usize,
-    /// Scatter list (offset in the region, length); empty for a contiguous op.
-    pub(crate) segments: Vec<(usize, usize)>,
     pub(crate) command: Command,
     /// EINTR or EAGAIN since the last progress.
     pub(crate) retries: u8,
@@ -84,7 +107,7 @@ pub(crate) struct Op {
 /// An op whose command has completed, with the CQE's `res`.
 #[derive(Debug)]
 pub(crate) struct Reaped {
-    pub(crate) op: Op,
+    pub(crate) op: Box<Op>,
     pub(crate) result: i32,
 }
 
@@ -92,10 +115,11 @@ pub(crate) struct Reaped {
 pub(crate) trait Queue {
     /// Makes room for one command, submitting earlier ones if need be; false when too many are in flight.
     fn make_room(&mut self) -> Result<bool, Errno>;
-    /// Queues the op's command. `make_room` has just answered true.
-    fn push(&mut self, op: Op);
-    /// Asks for the submission's commands in flight to be cancelled, as far as the kernel can.
-    fn cancel(&mut self, sequence: u64);
+    /// Queues the op's command; `segments` is the scatter list of a vectored one (offset in the region, length).
+    /// `make_room` has just answered true.
+    fn push(&mut self, op: Box<Op>, segments: &[Segment]);
+    /// Asks for commands in flight to be cancelled, as far as the kernel can: those of one submission, or all.
+    fn cancel(&mut self, sequence: Option<u64>);
     /// Whether commands are queued that the kernel has not been told of.
     fn has_unsubmitted(&mut self) -> bool;
     /// Whether there are such commands, or completions wait for an `enter`.
@@ -108,10 +132,14 @@ pub(crate) trait Queue {
     fn in_kernel(&self) -> usize;
     /// Monotonic time.
     fn now(&self) -> Duration;
+    /// Lets time pass.
+    fn pause(&mut self, _time: Duration) {}
     /// Takes memory of the stream itself (the bounce buffer) into the ring's registrations, if it can.
     fn adopt(&mut self, region: Arc<Region>) -> Target;
     /// Gives memory taken by `adopt` up again.
     fn release(&mut self, _target: Target) {}
+    /// A submission starts (1) or stops (-1) to depend on a file.
+    fn count_user(&mut self, _file: &FileRef, _change: i32) {}
     /// Whether vectored reads into registered memory are possible.
     fn has_readv_fixed(&self) -> bool;
 }
@@ -146,7 +174,7 @@ const CANCEL: u64 = u64::MAX;
 
 #[derive(Default)]
 struct Slot {
-    op: Option<Op>,
+    op: Option<Box<Op>>,
     /// Counts uses: a completion for an earlier use is told apart.
     generation: u32,
     /// The scatter list as the kernel reads it.
@@ -249,13 +277,13 @@ impl Queue for KernelQueue {
     }
 
     #[inline]
-    fn push(&mut self, op: Op) {
+    fn push(&mut self, op: Box<Op>, segments: &[Segment]) {
         let Some(index) = self.free.pop() else {
             unreachable!("push without make_room");
         };
         let slot = &mut self.slots[index as usize];
         slot.generation = slot.generation.wrapping_add(1) & (u32::MAX >> 1);
-        let entry = entry(&op, &mut slot.iovecs).user_data(slot.token(index));
+        let entry = entry(&op, segments, &mut slot.iovecs).user_data(slot.token(index));
         // SAFETY: `entry` checked that the command writes inside the region of `op`'s target (or bounce slot), and
         // reads its scatter list from `slot.iovecs`. The op moves into the slot in the next statement and stays there,
         // holding its region, until its completion is reaped; the slot's vectors are not touched meanwhile. Should
@@ -266,10 +294,11 @@ impl Queue for KernelQueue {
         assert!(pushed, "push without make_room");
     }
 
-    fn cancel(&mut self, sequence: u64) {
+    fn cancel(&mut self, sequence: Option<u64>) {
         for index in 0..self.slots.len() {
             let slot = &self.slots[index];
-            if slot.op.as_ref().is_none_or(|op| op.sequence != sequence) {
+            let wanted = |op: &Op| sequence.is_none_or(|sequence| op.sequence == sequence);
+            if !slot.op.as_deref().is_some_and(wanted) {
                 continue;
             }
             let entry = opcode::AsyncCancel::new(slot.token(index as u32)).build().user_data(CANCEL);
@@ -327,6 +356,10 @@ impl Queue for KernelQueue {
         self.epoch.elapsed()
     }
 
+    fn pause(&mut self, time: Duration) {
+        std::thread::sleep(time);
+    }
+
     fn adopt(&mut self, region: Arc<Region>) -> Target {
         if self.register {
             let IoUringState { ring, buffers, .. } = &mut *self.ring;
@@ -341,6 +374,13 @@ impl Queue for KernelQueue {
     fn release(&mut self, target: Target) {
         if let Target::Registered(entry) = target {
             self.retire(entry);
+        }
+    }
+
+    #[inline]
+    fn count_user(&mut self, file: &FileRef, change: i32) {
+        if let Source::Registered { index, .. } = file.0 {
+            self.ring.files.count_user(index, change);
         }
     }
 
@@ -360,7 +400,7 @@ impl Drop for KernelQueue {
         }
         let slots = std::mem::take(&mut self.slots);
         if !self.ring.owner.is_forked() {
-            let bytes: usize = slots.iter().filter_map(|slot| slot.op.as_ref()).map(|op| op.remaining).sum();
+            let bytes: usize = slots.iter().filter_map(|slot| slot.op.as_deref()).map(|op| op.remaining).sum();
             LEAKED_RINGS.fetch_add(1, Ordering::Relaxed);
             LEAKED_READS.fetch_add(reads as u64, Ordering::Relaxed);
             LEAKED_BYTES.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -377,20 +417,19 @@ impl Drop for KernelQueue {
 
 /// Builds the SQE of an op's command, checking that it stays inside its memory.
 #[inline]
-fn entry(op: &Op, iovecs: &mut Vec<libc::iovec>) -> squeue::Entry {
+fn entry(op: &Op, segments: &[Segment], iovecs: &mut Vec<libc::iovec>) -> squeue::Entry {
     match &op.command {
         Command::Direct { len, slot } => {
             let address = checked(op.target.region(), op.target_offset, *len as usize);
             read(&op.file, op.file_offset, address, *len, *slot)
         }
         Command::Bounce { file_offset, len, slot, .. } => {
-            let address = checked(slot.pool.region(), slot.offset, *len as usize);
-            let registered = slot.pool.slot(slot.offset).map(|(index, _)| index);
-            read(&op.file, *file_offset, address, *len, registered)
+            let address = checked(slot.pool.region(), slot.offset(), *len as usize);
+            read(&op.file, *file_offset, address, *len, slot.registration())
         }
         Command::Vectored { slot } => {
             iovecs.clear();
-            iovecs.extend(op.segments.iter().map(|&(offset, len)| libc::iovec {
+            iovecs.extend(segments.iter().map(|&(offset, len)| libc::iovec {
                 iov_base: checked(op.target.region(), offset, len).cast(),
                 iov_len: len,
             }));
@@ -436,6 +475,6 @@ fn with_file(file: &FileRef, build: impl FnOnce(Fd) -> squeue::Entry) -> squeue:
     build(match &file.0 {
         Source::Fd(fd) => Fd::Raw(types::Fd(*fd)),
         Source::Open(open) => Fd::Raw(types::Fd(open.fd())),
-        Source::Registered(entry) => Fd::Fixed(types::Fixed(entry.index)),
+        Source::Registered { index, .. } => Fd::Fixed(types::Fixed(*index)),
     })
 }

@@ -474,17 +474,18 @@ pub struct SharedBuffers {
     seen: u64,
 }
 
-/// One registered file. Unfinished reads hold an `Arc`.
-#[derive(Debug)]
-pub(crate) struct FileEntry {
-    pub(super) index: u32,
-    pub(super) direct: Option<DirectAlignment>,
+/// One registered file.
+#[derive(Debug, Clone)]
+struct FileEntry {
+    direct: Option<DirectAlignment>,
+    /// Submissions that may still issue commands for it.
+    users: u32,
 }
 
 /// The files of one ring.
 #[derive(Default)]
 pub(super) struct FileTable {
-    entries: Option<Vec<Option<Arc<FileEntry>>>>,
+    entries: Option<Vec<Option<FileEntry>>>,
 }
 
 impl FileTable {
@@ -495,7 +496,7 @@ impl FileTable {
     pub(super) fn get(&self, index: u32) -> Result<FileRef> {
         let table = self.entries.as_deref().unwrap_or_default();
         match table.get(index as usize) {
-            Some(Some(entry)) => Ok(FileRef::registered(entry)),
+            Some(Some(entry)) => Ok(FileRef::registered(index, entry.direct)),
             Some(None) => Err(PipelineError::invalid(
                 format!("registered file {index}"),
                 "its table entry is empty: fill it with update_file",
@@ -504,12 +505,20 @@ impl FileTable {
         }
     }
 
+    /// A submission starts (1) or stops (-1) to depend on the file at an index.
+    pub(super) fn count_user(&mut self, index: u32, change: i32) {
+        let entry = self.entries.as_mut().and_then(|table| table.get_mut(index as usize)?.as_mut());
+        if let Some(entry) = entry {
+            entry.users = entry.users.saturating_add_signed(change);
+        }
+    }
+
     pub(super) fn register(&mut self, ring: &Ring, fds: &[RawFd]) -> Result<()> {
         self.require_unregistered()?;
         if fds.is_empty() {
             return Err(PipelineError::invalid("0 files", "register at least one"));
         }
-        let entries = fds.iter().enumerate().map(|(index, &fd)| new_file(index as u32, fd).map(Some));
+        let entries = fds.iter().map(|&fd| new_file(fd).map(Some));
         let entries = entries.collect::<Result<Vec<_>>>()?;
         ring.registered_call(|submitter| submitter.register_files(fds))
             .map_err(|errno| register_error("io_uring_register(FILES)", errno))?;
@@ -535,10 +544,10 @@ impl FileTable {
         let Some(place) = self.entries.as_mut().and_then(|table| table.get_mut(index as usize)) else {
             return Err(out_of_table("registered file index", index, len));
         };
-        if place.as_ref().is_some_and(|entry| Arc::strong_count(entry) > 1) {
+        if place.as_ref().is_some_and(|entry| entry.users > 0) {
             return Err(file_busy());
         }
-        let entry = fd.map(|fd| new_file(index, fd)).transpose()?;
+        let entry = fd.map(new_file).transpose()?;
         ring.registered_call(|submitter| submitter.register_files_update(index, &[fd.unwrap_or(-1)]))
             .map_err(|errno| register_error("io_uring_register(FILES_UPDATE)", errno))?;
         *place = entry;
@@ -549,7 +558,7 @@ impl FileTable {
         let Some(entries) = &self.entries else {
             return Err(PipelineError::invalid("unregistering files", "none are registered"));
         };
-        if entries.iter().flatten().any(|entry| Arc::strong_count(entry) > 1) {
+        if entries.iter().flatten().any(|entry| entry.users > 0) {
             return Err(file_busy());
         }
         ring.registered_call(|submitter| submitter.unregister_files())
@@ -566,14 +575,14 @@ impl FileTable {
     }
 }
 
-fn new_file(index: u32, fd: RawFd) -> Result<Arc<FileEntry>> {
+fn new_file(fd: RawFd) -> Result<FileEntry> {
     let direct = direct_alignment(fd).map_err(|errno| PipelineError::Syscall {
         call: "fcntl",
         what: format!("F_GETFL of descriptor {fd}"),
         errno,
         fix: "register descriptors that are open".into(),
     })?;
-    Ok(Arc::new(FileEntry { index, direct }))
+    Ok(FileEntry { direct, users: 0 })
 }
 
 fn file_busy() -> PipelineError {

@@ -32,7 +32,8 @@ pub struct RingOptions {
     /// Completions are polled for (O_DIRECT on devices with poll queues).
     pub iopoll: bool,
     /// Leaves out SINGLE_ISSUER and DEFER_TASKRUN, so that a stream over the ring can move to another thread
-    /// ([`AsyncUringStream::into_movable`](super::AsyncUringStream::into_movable)).
+    /// ([`AsyncUringStream::into_movable`](super::AsyncUringStream::into_movable)). The kernel still cancels what a
+    /// thread submitted when that thread exits.
     pub movable: bool,
     /// 128-byte SQEs and 32-byte CQEs, which NVMe passthrough needs.
     pub big_entries: bool,
@@ -124,6 +125,12 @@ impl RingFeatures {
 ///
 /// Belongs to the thread that created it. A stream takes it over
 /// ([`AsyncUringStream::new`](super::AsyncUringStream::new)) and gives access to it for registrations.
+///
+/// ```compile_fail
+/// # use ringest::{IoUringState, RingOptions};
+/// let ring = IoUringState::new(RingOptions::default()).unwrap();
+/// std::thread::spawn(move || drop(ring)); // not Send
+/// ```
 pub struct IoUringState {
     pub(super) ring: Ring,
     pub(super) buffers: BufferTable,
@@ -417,7 +424,7 @@ fn setup_error(errno: Errno) -> PipelineError {
 
 /// Why a kernel refuses to set up a ring, as far as this process can see.
 fn setup_remedy(errno: Errno) -> Text {
-    let seccomp = file::process_status("Seccomp").is_some_and(|mode| mode == "2");
+    let seccomp = file::thread_status("Seccomp").is_some_and(|mode| mode == "2");
     match errno {
         libc::EPERM | libc::EACCES => match file::io_uring_disabled() {
             Some(2) => "io_uring is disabled on this system: set sysctl kernel.io_uring_disabled to 0 or 1".into(),

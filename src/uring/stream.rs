@@ -74,11 +74,15 @@ pub struct CloseReport {
 /// Belongs to the thread that created its ring: not `Send`. Dropping it cancels what is in flight and waits for it
 /// (`StreamOptions::close_timeout`); memory is given back only after the last completion, and leaked, counted
 /// ([`leak_stats`](super::leak_stats)) and logged should that never come.
+///
+/// ```compile_fail
+/// # fn moves<T: Send>() {}
+/// moves::<ringest::AsyncUringStream<'static>>(); // not Send; ringest::MovableStream is
+/// ```
 pub struct AsyncUringStream<'a> {
     flight: Option<Flight<'a, KernelQueue>>,
     buffer: GpuMappedBuffer<'a>,
-    target: Target,
-    /// The registration of `target` is the stream's own, not one the caller made with the ring.
+    /// The registration of the flight's home is the stream's own, not one the caller made with the ring.
     attached: bool,
     options: StreamOptions,
     /// A system call's error that had to wait because completions came with it.
@@ -126,8 +130,8 @@ impl<'a> AsyncUringStream<'a> {
         let flight_options = resolve(&options, ring.features().sq_entries)?;
         let mut queue = KernelQueue::new(ring, !options.unregistered);
         let (target, attached) = bind(&mut queue, &buffer, &options)?;
-        let flight = Some(Flight::new(queue, tail.into(), flight_options));
-        Ok(Self { flight, buffer, target, attached, options, deferred: None, finished: false, segments: Vec::new() })
+        let flight = Some(Flight::new(queue, tail.into(), target, flight_options));
+        Ok(Self { flight, buffer, attached, options, deferred: None, finished: false, segments: Vec::new() })
     }
 
     // The flight is taken out only by `close`, which consumes the stream, and by drop.
@@ -201,8 +205,7 @@ impl<'a> AsyncUringStream<'a> {
     ) -> Result<u64> {
         PipelineError::check_range("read target", buffer_offset as u64, len as u64, self.buffer.len() as u64)?;
         let segment = (self.buffer.span().start + buffer_offset, len);
-        let target = self.target.clone();
-        self.submit(file.into(), file_offset, target, &[segment], buffer_offset, user_data)
+        self.submit(file.into(), file_offset, None, &[segment], buffer_offset, user_data)
     }
 
     /// Reads one contiguous stretch of the file, from `file_offset` on, into several ranges (offset, length) of the
@@ -235,7 +238,7 @@ impl<'a> AsyncUringStream<'a> {
         let result = if by_address.windows(2).any(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
             Err(PipelineError::invalid("overlapping ranges", "each byte of the buffer can take one byte of the file"))
         } else {
-            self.submit(file.into(), file_offset, self.target.clone(), segments_in_order, ranges[0].0, user_data)
+            self.submit(file.into(), file_offset, None, segments_in_order, ranges[0].0, user_data)
         };
         self.segments = segments;
         result
@@ -278,7 +281,7 @@ impl<'a> AsyncUringStream<'a> {
         let what = "read target in a registered buffer";
         PipelineError::check_range(what, buffer_offset as u64, len as u64, entry.len() as u64)?;
         let segment = (entry.start() + buffer_offset, len);
-        self.submit(file.into(), file_offset, Target::Registered(entry), &[segment], buffer_offset, user_data)
+        self.submit(file.into(), file_offset, Some(Target::Registered(entry)), &[segment], buffer_offset, user_data)
     }
 
     /// Reads from the file registered with the ring as `file_index`; otherwise as
@@ -295,13 +298,13 @@ impl<'a> AsyncUringStream<'a> {
         len: usize,
         user_data: u64,
     ) -> Result<u64> {
-        let file = self.registered_file(file_index)?;
+        let file = FileRef::registered(file_index, None);
         self.submit_read_to_gpu_at_with_user_data(file, file_offset, buffer_offset, len, user_data)
     }
 
     /// The file registered with the ring as `index`, for any `submit_*`.
     ///
-    /// While a `FileRef` to it exists the entry cannot be replaced.
+    /// It names the index: each read goes to the file that is registered there when it is submitted.
     ///
     /// # Errors
     /// `ERANGE` for an index beyond the table, `EINVAL` for an empty entry.
@@ -327,7 +330,7 @@ impl<'a> AsyncUringStream<'a> {
         &mut self,
         file: FileRef,
         file_offset: u64,
-        target: Target,
+        target: Option<Target>,
         segments: &[Segment],
         buffer_offset: usize,
         user_data: u64,
@@ -337,6 +340,11 @@ impl<'a> AsyncUringStream<'a> {
         if self.finished {
             return Err(PipelineError::busy("the stream", "it was finished: make a new one"));
         }
+        // The table knows what the file at an index is now.
+        let file = match file.registered_index() {
+            Some(index) => self.registered_file(index)?,
+            None => file,
+        };
         let buffer_offset = buffer_offset as u64;
         self.flight_mut()?.submit(Request { file, file_offset, target, segments, buffer_offset, user_data })
     }
@@ -482,10 +490,10 @@ impl<'a> AsyncUringStream<'a> {
     pub fn replace_buffer(&mut self, buffer: GpuMappedBuffer<'a>) -> Result<GpuMappedBuffer<'a>> {
         let options = self.options;
         let (target, attached) = bind(&mut self.flight_mut()?.queue, &buffer, &options)?;
-        let old = std::mem::replace(&mut self.target, target);
         let was_attached = std::mem::replace(&mut self.attached, attached);
-        if let (Target::Registered(entry), true) = (old, was_attached) {
-            self.flight_mut()?.queue.retire(entry);
+        let flight = self.flight_mut()?;
+        if let (Target::Registered(entry), true) = (flight.set_home(target), was_attached) {
+            flight.queue.retire(entry);
         }
         Ok(std::mem::replace(&mut self.buffer, buffer))
     }
@@ -499,7 +507,7 @@ impl<'a> AsyncUringStream<'a> {
     /// Whether the buffer is registered with the ring.
     #[must_use]
     pub fn is_registered(&self) -> bool {
-        matches!(self.target, Target::Registered(_))
+        matches!(self.flight().home(), Target::Registered(_))
     }
 
     /// The ring.
@@ -593,11 +601,8 @@ impl<'a> AsyncUringStream<'a> {
         let whole = flight.in_flight() == 0 && flight.tail() == flight.submitted();
         flight.shut(timeout);
         flight.publish_end(if self.finished && whole { 0 } else { libc::ECANCELED });
-        if self.attached
-            && let Target::Registered(entry) = &self.target
-        {
-            let entry = Arc::clone(entry);
-            self.target = Target::Plain(Arc::clone(self.buffer.region()));
+        let home = flight.set_home(Target::Plain(Arc::clone(self.buffer.region())));
+        if let (Target::Registered(entry), true) = (home, self.attached) {
             flight.queue.retire(entry);
         }
         Some(flight)

@@ -27,7 +27,8 @@ impl TailLine {
         unsafe { Self::in_buffer(&GpuMappedBuffer::from(buffer), 0) }
     }
 
-    /// A line inside a buffer, at a multiple of 128 bytes. A stream that publishes to it resets the words.
+    /// A line inside a buffer, at a multiple of 128 bytes. The words are reset, and again by a stream that publishes to
+    /// it.
     ///
     /// # Safety
     /// While the line is in use nothing else writes to these 128 bytes: no read is submitted into them, and no host
@@ -46,6 +47,7 @@ impl TailLine {
         if !line.region.address(offset).is_multiple_of(align_of::<TailLineWords>() as u64) {
             return Err(PipelineError::invalid(format!("tail line at offset {offset}"), "align it to 128 bytes"));
         }
+        line.words().reset();
         Ok(line)
     }
 

@@ -1,0 +1,213 @@
+//! Turning the wheel: submit, wait, reap; cancel and close.
+
+use super::super::queue::{Command, Op, Queue, Reaped};
+use super::complete::is_vectored;
+use super::record::State;
+use super::{Bounce, Flight, NO_COMMAND};
+use crate::error::{PipelineError, Result};
+use crate::sys::Errno;
+use std::collections::VecDeque;
+use std::time::Duration;
+
+impl<Q: Queue> Flight<'_, Q> {
+    /// Submits what is queued and reaps what has completed; with `min` > 0, waits until that many completions can be
+    /// taken, the timeout passes (`ETIMEDOUT`), or nothing is left that could complete.
+    pub(crate) fn drive(&mut self, min: usize, timeout: Option<Duration>) -> Result<()> {
+        let deadline = timeout.filter(|_| min > 0).map(|timeout| self.queue.now().saturating_add(timeout));
+        let mut looked = false;
+        loop {
+            self.reap_all();
+            self.wake()?;
+            let satisfied = self.ready() >= min;
+            if satisfied || self.queue.in_kernel() + self.sleeping.len() + self.pending.len() == 0 {
+                // With nothing to report, a poll also runs deferred completion work; otherwise it only submits.
+                if if self.ready() == 0 { self.queue.wants_enter() } else { self.queue.has_unsubmitted() } {
+                    self.enter(0, None)?;
+                    self.reap_all();
+                }
+                // Nothing left to wait for, unless reaping just now queued more.
+                if satisfied || self.ready() >= min || self.flying == 0 {
+                    return Ok(());
+                }
+                continue;
+            }
+            // The clock is only looked at when something depends on it.
+            let timed = deadline.is_some() || !self.sleeping.is_empty();
+            let now = if timed { self.queue.now() } else { Duration::ZERO };
+            let left = deadline.map(|deadline| deadline.saturating_sub(now));
+            if left == Some(Duration::ZERO) {
+                // Even without time to wait, what is queued is submitted and what is done is found.
+                if !std::mem::replace(&mut looked, true) && self.queue.wants_enter() {
+                    self.enter(0, None)?;
+                    continue;
+                }
+                return Err(PipelineError::timed_out(
+                    format!("waiting for {min} completions"),
+                    format!("{} are there, {} reads are in flight: wait again or cancel", self.ready(), self.flying),
+                ));
+            }
+            let nap = self.sleeping.iter().map(|(wake, _)| wake.saturating_sub(now)).min();
+            let limit = left.into_iter().chain(nap).min();
+            let wait = (min - self.ready()).min(self.queue.in_kernel().max(1)) as u32;
+            // Ops outside the kernel go in as others come out, and a nap ends alone: do not ask for more than could
+            // come before that.
+            let outside = nap.is_some() || !self.pending.is_empty() || !self.bounce_wait.is_empty();
+            self.enter(if outside { 1 } else { wait }, limit)?;
+        }
+    }
+
+    /// Hands all queued commands to the kernel, without reaping.
+    pub(crate) fn flush(&mut self) -> Result<()> {
+        self.wake()?;
+        if self.queue.has_unsubmitted() { self.enter(0, None) } else { Ok(()) }
+    }
+
+    pub(super) fn enter(&mut self, wait: u32, timeout: Option<Duration>) -> Result<()> {
+        self.stats.enters += 1;
+        self.queue.enter(wait, timeout).map_err(|errno| enter_error(errno, self.flying))
+    }
+
+    pub(super) fn reap_all(&mut self) {
+        while let Some(Reaped { op, result }) = self.queue.reap() {
+            self.complete(op, result);
+        }
+    }
+
+    /// Hands over ops whose time has come or whose room has.
+    pub(super) fn wake(&mut self) -> Result<()> {
+        if !self.sleeping.is_empty() {
+            let now = self.queue.now();
+            let mut index = 0;
+            while index < self.sleeping.len() {
+                if self.sleeping[index].0 <= now {
+                    let (_, op) = self.sleeping.swap_remove(index);
+                    self.retry(op);
+                } else {
+                    index += 1;
+                }
+            }
+        }
+        while !self.pending.is_empty() {
+            match self.queue.make_room() {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(errno) => return Err(enter_error(errno, self.flying)),
+            }
+            if let Some(op) = self.pending.pop_front() {
+                self.push(op);
+            }
+        }
+        Ok(())
+    }
+
+    /// Repeats the command of an op.
+    pub(super) fn retry(&mut self, op: Box<Op>) {
+        if !is_vectored(&op) {
+            return self.proceed(op);
+        }
+        match self.lost(op.sequence) {
+            0 => self.issue(op),
+            errno => self.end_op(op, errno),
+        }
+    }
+
+    /// Cancels a submission that has not ended: parts not handed to the kernel end now, the kernel is asked for the
+    /// others.
+    pub(crate) fn cancel(&mut self, sequence: u64) -> Result<()> {
+        let known = (self.floor..self.next).contains(&sequence);
+        if !known || self.record(sequence).state != State::Flying {
+            return Err(PipelineError::invalid(
+                format!("submission {sequence}"),
+                "only one in flight can be cancelled",
+            ));
+        }
+        self.record(sequence).cancelled = true;
+        self.drop_waiting(|op| op.sequence == sequence);
+        if self.record(sequence).state == State::Flying {
+            self.queue.cancel(Some(sequence));
+        }
+        Ok(())
+    }
+
+    /// Cancels everything in flight.
+    pub(crate) fn cancel_all(&mut self) {
+        for sequence in self.floor..self.next {
+            if self.record(sequence).state == State::Flying {
+                self.record(sequence).cancelled = true;
+            }
+        }
+        self.drop_waiting(|_| true);
+        self.queue.cancel(None);
+    }
+
+    pub(super) fn drop_waiting(&mut self, matches: impl Fn(&Box<Op>) -> bool) {
+        let mut ended = Vec::new();
+        for waiting in [&mut self.pending, &mut self.bounce_wait] {
+            let (gone, kept) = std::mem::take(waiting).into_iter().partition(&matches);
+            *waiting = kept;
+            let gone: VecDeque<Box<Op>> = gone;
+            ended.extend(gone);
+        }
+        let (gone, kept): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.sleeping).into_iter().partition(|(_, op)| matches(op));
+        self.sleeping = kept;
+        ended.extend(gone.into_iter().map(|(_, op)| op));
+        for mut op in ended {
+            if let Command::Bounce { slot, .. } = std::mem::replace(&mut op.command, NO_COMMAND) {
+                self.give_bounce_slot(slot);
+            }
+            self.end_op(op, libc::ECANCELED);
+        }
+    }
+
+    /// Cancels what is in flight and waits for the kernel to give it back, and the stream's own registrations up.
+    /// Whether the kernel did. Nothing is submitted afterwards.
+    pub(crate) fn shut(&mut self, limit: Duration) -> bool {
+        let deadline = self.queue.now().saturating_add(limit);
+        self.cancel_all();
+        // Errors of the system call do not end the wait: memory is at stake. Want of resources passes; a ring that errs
+        // otherwise is tried a number of times.
+        let mut errors = 0;
+        while self.queue.in_kernel() > 0 && errors < 100 {
+            let left = deadline.saturating_sub(self.queue.now());
+            if left.is_zero() {
+                break;
+            }
+            if let Err(error) = self.enter(1, Some(left)) {
+                errors += u32::from(!matches!(error.errno(), libc::EAGAIN | libc::EBUSY));
+                self.queue.pause(left.min(Duration::from_millis(1)));
+            }
+            self.reap_all();
+            self.drop_waiting(|_| true);
+        }
+        for sequence in self.floor..self.next {
+            self.forget_retry(sequence);
+        }
+        self.rest.clear();
+        if let Some(Bounce { pool, .. }) = self.bounce.take() {
+            self.queue.release(pool);
+        }
+        self.queue.in_kernel() == 0
+    }
+
+    /// Tells consumers how it ended.
+    pub(crate) fn publish_end(&self, errno: Errno) {
+        match errno {
+            0 => self.tail_word.publish_end(self.next),
+            errno => self.tail_word.publish_abort(self.next, errno),
+        }
+    }
+}
+
+fn enter_error(errno: Errno, flying: u32) -> PipelineError {
+    let fix = match errno {
+        libc::EAGAIN | libc::EBUSY => {
+            format!("the kernel is short of resources ({flying} reads in flight): poll again")
+        }
+        libc::EEXIST => "another thread owns the ring".to_owned(),
+        libc::EBADF | libc::ENXIO | libc::EOPNOTSUPP => "the ring's descriptor was closed".to_owned(),
+        libc::EBADR => "the kernel dropped completions: close the stream".to_owned(),
+        _ => "poll again, or close the stream".to_owned(),
+    };
+    PipelineError::IoUringSyscall { call: "io_uring_enter", errno, fix: fix.into() }
+}
