@@ -1,8 +1,8 @@
 //! One io_uring, one thread, driven by the caller: submit, poll, a tail word.
 //!
-//! Data flows one way: [`stream`] takes requests, `flight` keeps the record of what is in flight and decides what each
-//! completion means, `queue` hands reads to the kernel and holds their memory meanwhile, [`ring`] owns the io_uring and
-//! its registrations, [`tail`] publishes.
+//! Data flows one way: `stream` takes requests, `flight` keeps the record of what is in flight and decides what each
+//! completion means, `queue` hands reads to the kernel and holds their memory meanwhile, `ring` owns the io_uring and
+//! its registrations, `tail` publishes.
 
 mod direct;
 mod file;
