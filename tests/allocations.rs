@@ -173,5 +173,6 @@ fn bookkeeping_does_not_grow_with_use() {
     (0..50).for_each(|_| round(&mut stream));
     let settled = stream.footprint();
     (0..300).for_each(|_| round(&mut stream));
-    assert!(stream.footprint() <= settled, "{settled} became {}", stream.footprint());
+    // A queue's peak may come late; 19,200 submissions that each left something behind would show.
+    assert!(stream.footprint() <= settled + 4096, "{settled} became {}", stream.footprint());
 }
