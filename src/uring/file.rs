@@ -88,7 +88,7 @@ impl InputFile {
     }
 
     fn open_flags(anchor: RawFd, name: &str, flags: libc::c_int) -> Result<OwnedFd> {
-        file::reopen(anchor, flags).map_err(|errno| open_error(name, errno))
+        file::reopen(anchor, flags).map_err(|errno| reopen_error(name, errno))
     }
 
     fn open_direct(anchor: RawFd, name: &str) -> Result<(OwnedFd, Option<DirectAlignment>)> {
@@ -100,7 +100,7 @@ impl InputFile {
         };
         let fd = match file::reopen(anchor, libc::O_DIRECT) {
             Err(libc::EINVAL) => return Err(refused()),
-            other => other.map_err(|errno| open_error(name, errno))?,
+            other => other.map_err(|errno| reopen_error(name, errno))?,
         };
         match alignment_of(file::raw(&fd)).map_err(|errno| open_error(name, errno))? {
             Some(alignment) => Ok((fd, Some(alignment))),
@@ -156,12 +156,21 @@ fn open_error(name: &str, errno: Errno) -> PipelineError {
     let fix = match errno {
         libc::EISDIR => "it is a directory: name a file or a block device",
         libc::ESPIPE => "only regular files and block devices have offsets to read at",
-        libc::ENOENT => "no such file: check the path (and that /proc is mounted)",
+        libc::ENOENT => "no such file: check the path",
         libc::EACCES | libc::EPERM => "give this user read permission",
         libc::EMFILE => "raise RLIMIT_NOFILE or close files",
         _ => "see open(2)",
     };
     PipelineError::Syscall { call: "open", what: name.to_owned(), errno, fix: fix.into() }
+}
+
+/// The file is there, held by a descriptor; only the way to it can be missing.
+fn reopen_error(name: &str, errno: Errno) -> PipelineError {
+    if errno != libc::ENOENT {
+        return open_error(name, errno);
+    }
+    let what = format!("{name} through /proc/self/fd");
+    PipelineError::Syscall { call: "open", what, errno, fix: "mount /proc in this root or container".into() }
 }
 
 /// What a read reads from.
