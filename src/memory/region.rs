@@ -139,11 +139,21 @@ impl<'a> GpuMappedBuffer<'a> {
     /// # Errors
     /// `EINVAL` for an empty slice.
     pub unsafe fn from_host_visible_slice(slice: &'a mut [u8], device: Option<u64>) -> Result<Self> {
-        let base = NonNull::from(&mut *slice).cast();
-        Self::wrap(base, slice.len(), device, MemoryKind::HostVisible, Keeper::Borrowed)
+        // SAFETY: the caller's contract.
+        unsafe { Self::from_host_visible_raw(slice.as_mut_ptr(), slice.len(), device) }
     }
 
-    fn wrap(base: NonNull<u8>, len: usize, device: Option<u64>, kind: MemoryKind, keeper: Keeper) -> Result<Self> {
+    /// As [`from_host_visible_slice`](Self::from_host_visible_slice), from an address.
+    ///
+    /// # Safety
+    /// `len` bytes at `base` are valid for reads and writes as long as that function's contract demands.
+    pub(crate) unsafe fn from_host_visible_raw(base: *mut u8, len: usize, device: Option<u64>) -> Result<Self> {
+        Self::wrap(base, len, device, MemoryKind::HostVisible, Keeper::Borrowed)
+    }
+
+    fn wrap(base: *mut u8, len: usize, device: Option<u64>, kind: MemoryKind, keeper: Keeper) -> Result<Self> {
+        let base = NonNull::new(base)
+            .ok_or_else(|| PipelineError::invalid("a null base address", "pass the address of the memory"))?;
         if len == 0 {
             return Err(PipelineError::invalid("a buffer of 0 bytes", "wrap at least one byte"));
         }
@@ -273,6 +283,11 @@ impl<'a> GpuMappedBuffer<'a> {
         Arc::strong_count(&self.region) > 1
     }
 
+    /// Whether the memory is the caller's, which nothing here keeps alive.
+    pub(crate) fn is_borrowed(&self) -> bool {
+        matches!(self.region.keeper, Keeper::Borrowed)
+    }
+
     /// Gives the memory back to its owner.
     ///
     /// # Errors
@@ -340,8 +355,6 @@ impl GpuMappedBuffer<'static> {
         kind: MemoryKind,
         owner: Box<dyn Any + Send + Sync>,
     ) -> Result<Self> {
-        let base = NonNull::new(base)
-            .ok_or_else(|| PipelineError::invalid("a null base address", "pass the address of the memory"))?;
         Self::wrap(base, len, device, kind, Keeper::Owner(owner))
     }
 }

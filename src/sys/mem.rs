@@ -1,5 +1,6 @@
 //! Anonymous, page-aligned memory.
 
+use super::thread::Process;
 use super::{Errno, check, fault};
 use std::ptr::NonNull;
 
@@ -34,6 +35,7 @@ pub(crate) fn page_size() -> usize {
 pub(crate) struct Mapping {
     base: NonNull<u8>,
     len: usize,
+    process: Process,
 }
 
 // SAFETY: a mapping is plain memory, owned by this value, valid from any thread of the process.
@@ -77,7 +79,7 @@ impl Mapping {
         let aligned = start.next_multiple_of(align);
         let base = NonNull::new(raw.cast::<u8>().wrapping_add(aligned - start)).ok_or(libc::ENOMEM)?;
         // From here on the mapping is owned: every early return unmaps what is left of it.
-        let mapping = Self { base, len };
+        let mapping = Self { base, len, process: Process::current() };
         // SAFETY: both ranges are the unused ends of the mapping made above.
         unsafe {
             if aligned > start {
@@ -114,6 +116,10 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        if !self.process.is_current() {
+            // A forked child does not have it; something else may be in its place there.
+            return;
+        }
         // SAFETY: the mapping is owned and nothing refers to it any more: regions keep it behind an `Arc` that every
         // read in flight holds.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };

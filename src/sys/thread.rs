@@ -11,6 +11,28 @@ extern "C" fn after_fork_in_child() {
     FORKS.fetch_add(1, Ordering::Relaxed);
 }
 
+/// A process, told apart from its forked children.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Process(u64);
+
+impl Process {
+    pub(crate) fn current() -> Self {
+        static HANDLER: Once = Once::new();
+        HANDLER.call_once(|| {
+            // SAFETY: the handler is async-signal-safe: one atomic add. Failure (ENOMEM) only loses the check in a
+            // forked child, where the ring's memory is absent anyway (MADV_DONTFORK).
+            unsafe { libc::pthread_atfork(None, None, Some(after_fork_in_child)) };
+        });
+        Self(FORKS.load(Ordering::Relaxed))
+    }
+
+    /// Whether it is the calling process.
+    #[inline]
+    pub(crate) fn is_current(self) -> bool {
+        self.0 == FORKS.load(Ordering::Relaxed)
+    }
+}
+
 thread_local! {
     static SELF: OnceCell<Arc<()>> = const { OnceCell::new() };
 }
@@ -19,19 +41,13 @@ thread_local! {
 #[derive(Debug, Clone)]
 pub(crate) struct Owner {
     token: Weak<()>,
-    forks: u64,
+    process: Process,
 }
 
 impl Owner {
     pub(crate) fn current() -> Self {
-        static HANDLER: Once = Once::new();
-        HANDLER.call_once(|| {
-            // SAFETY: the handler is async-signal-safe: one atomic add. Failure (ENOMEM) only loses the check in a
-            // forked child, where the ring's memory is absent anyway (MADV_DONTFORK).
-            unsafe { libc::pthread_atfork(None, None, Some(after_fork_in_child)) };
-        });
         let token = SELF.with(|cell| Arc::downgrade(cell.get_or_init(Arc::default)));
-        Self { token, forks: FORKS.load(Ordering::Relaxed) }
+        Self { token, process: Process::current() }
     }
 
     /// Whether the calling thread is the owner, in the process that created the ring.
@@ -44,10 +60,15 @@ impl Owner {
         SELF.try_with(|cell| cell.get().is_some_and(|token| Arc::as_ptr(token) == self.token.as_ptr())).unwrap_or(false)
     }
 
+    /// Whether the owning thread has exited.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.token.strong_count() == 0
+    }
+
     /// Whether the calling process is a fork of the one that created the ring.
     #[inline]
     pub(crate) fn is_forked(&self) -> bool {
-        self.forks != FORKS.load(Ordering::Relaxed)
+        !self.process.is_current()
     }
 }
 
@@ -58,10 +79,10 @@ mod tests {
     #[test]
     fn ownership_is_the_creating_threads_alone() {
         let owner = Owner::current();
-        assert!(owner.is_current());
+        assert!(owner.is_current() && !owner.is_gone());
         let elsewhere = owner.clone();
         std::thread::spawn(move || assert!(!elsewhere.is_current())).join().unwrap();
         let gone = std::thread::spawn(Owner::current).join().unwrap();
-        assert!(!gone.is_current());
+        assert!(gone.is_gone() && !gone.is_current());
     }
 }

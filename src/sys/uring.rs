@@ -3,8 +3,10 @@
 //! `enter` and `register` are issued here rather than by the crate so that a registered ring descriptor is used in
 //! every call and so that each call is a fault point. The crate owns the shared rings and their memory ordering.
 
+use super::thread::Process;
 use super::{Errno, check, fault};
 use io_uring::{IoUring, Probe, cqueue, squeue};
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
@@ -91,7 +93,8 @@ pub(crate) struct Cqe {
 
 /// One io_uring: its mapped queues and its descriptor.
 pub(crate) struct Ring {
-    rings: Rings,
+    rings: ManuallyDrop<Rings>,
+    process: Process,
     flags: u32,
     /// Index of the registered ring descriptor, valid on the registering thread alone.
     registered: Option<u32>,
@@ -108,11 +111,11 @@ impl Ring {
         } else {
             Rings::Small(build(params)?)
         };
-        Ok(Self { rings, flags: params.flags, registered: None })
+        Ok(Self { rings: ManuallyDrop::new(rings), process: Process::current(), flags: params.flags, registered: None })
     }
 
     pub(crate) fn fd(&self) -> RawFd {
-        each!(&self.rings, ring => ring.as_raw_fd())
+        each!(&*self.rings, ring => ring.as_raw_fd())
     }
 
     /// IORING_SETUP_* flags that the kernel accepted.
@@ -121,11 +124,11 @@ impl Ring {
     }
 
     pub(crate) fn params(&self) -> &io_uring::Parameters {
-        each!(&self.rings, ring => ring.params())
+        each!(&*self.rings, ring => ring.params())
     }
 
     pub(crate) fn submitter(&self) -> io_uring::Submitter<'_> {
-        each!(&self.rings, ring => ring.submitter())
+        each!(&*self.rings, ring => ring.submitter())
     }
 
     pub(crate) fn is_registered(&self) -> bool {
@@ -163,7 +166,7 @@ impl Ring {
     /// SQEs that can be pushed before the next `enter`.
     #[inline]
     pub(crate) fn sq_room(&mut self) -> usize {
-        each!(&mut self.rings, ring => {
+        each!(&mut *self.rings, ring => {
             let sq = ring.submission();
             sq.capacity() - sq.len()
         })
@@ -172,7 +175,7 @@ impl Ring {
     /// SQEs pushed and not yet consumed by the kernel.
     #[inline]
     pub(crate) fn sq_len(&mut self) -> usize {
-        each!(&mut self.rings, ring => ring.submission().len())
+        each!(&mut *self.rings, ring => ring.submission().len())
     }
 
     /// Pushes a complete SQE; false when the queue is full.
@@ -184,7 +187,7 @@ impl Ring {
         // SAFETY: the caller's contract is that of `SubmissionQueue::push`. The crate copies the whole entry, so no
         // stale bits of the slot survive.
         unsafe {
-            match &mut self.rings {
+            match &mut *self.rings {
                 Rings::Small(ring) => ring.submission().push(entry).is_ok(),
                 Rings::Big(ring) => ring.submission().push(&squeue::Entry128::from(entry.clone())).is_ok(),
             }
@@ -194,7 +197,7 @@ impl Ring {
     /// Takes the next completion.
     #[inline]
     pub(crate) fn pop(&mut self) -> Option<Cqe> {
-        match &mut self.rings {
+        match &mut *self.rings {
             Rings::Small(ring) => {
                 let cqe = ring.completion().next()?;
                 Some(Cqe { user_data: cqe.user_data(), result: cqe.result() })
@@ -210,7 +213,7 @@ impl Ring {
     /// or completions must be polled for.
     #[inline]
     pub(crate) fn needs_enter(&mut self) -> bool {
-        let flagged = each!(&mut self.rings, ring => {
+        let flagged = each!(&mut *self.rings, ring => {
             let sq = ring.submission();
             sq.taskrun() || sq.cq_overflow()
         });
@@ -234,7 +237,7 @@ impl Ring {
             // The tail store of the last push must be visible to the poller before we read whether it sleeps
             // (io_uring_enter(2), IORING_SQ_NEED_WAKEUP): the kernel does the opposite order with a full barrier.
             fence(Ordering::SeqCst);
-            let asleep = each!(&mut self.rings, ring => ring.submission().need_wakeup_after_intermittent_seqcst());
+            let asleep = each!(&mut *self.rings, ring => ring.submission().need_wakeup_after_intermittent_seqcst());
             if asleep {
                 flags |= ENTER_SQ_WAKEUP;
             } else if wait == 0 && !needs_enter {
@@ -324,6 +327,14 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         self.unregister_ring_fd();
+        if self.process.is_current() {
+            // SAFETY: dropped only here.
+            unsafe { ManuallyDrop::drop(&mut self.rings) };
+        } else {
+            // A forked child does not have the queues; something else may be in their place there.
+            // SAFETY: the descriptor is the ring's own, which nothing uses after this.
+            unsafe { libc::close(self.fd()) };
+        }
     }
 }
 

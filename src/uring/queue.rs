@@ -222,7 +222,8 @@ impl KernelQueue {
         &mut self.ring
     }
 
-    fn reads(&self) -> usize {
+    /// Reads that the kernel has.
+    pub(crate) fn reads(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 

@@ -13,6 +13,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Most bytes the kernel takes in one registered buffer (`io_uring/rsrc.c`, io_buffer_validate: SZ_1G).
 pub(crate) const SPLIT: usize = 1 << 30;
 
+/// Most buffers and files the kernel registers with one ring (IORING_MAX_REG_BUFFERS, IORING_MAX_FIXED_FILES).
+const MAX_BUFFERS: u32 = 1 << 14;
+const MAX_FILES: u32 = 1 << 20;
+
 /// One registered buffer: a run of entries in the kernel's table.
 ///
 /// A read that uses it holds an `Arc`, so its entries are not given to another buffer while the read may still issue
@@ -178,6 +182,9 @@ impl BufferTable {
         self.require_unregistered()?;
         if count == 0 {
             return Err(PipelineError::invalid("0 buffers", "make room for at least one"));
+        }
+        if count > MAX_BUFFERS {
+            return Err(PipelineError::invalid(format!("{count} buffers"), format!("use at most {MAX_BUFFERS}")));
         }
         if !self.sparse {
             return Err(not_sparse());
@@ -530,6 +537,9 @@ impl FileTable {
         self.require_unregistered()?;
         if count == 0 {
             return Err(PipelineError::invalid("0 files", "make room for at least one"));
+        }
+        if count > MAX_FILES {
+            return Err(register_error("io_uring_register(FILES)", libc::EMFILE));
         }
         // IORING_FILE_INDEX sparse tables are Linux 5.19; a table of -1 says the same to every kernel.
         let empty = vec![-1; count as usize];

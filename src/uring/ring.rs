@@ -223,10 +223,10 @@ impl IoUringState {
         if self.owner.is_current() { Ok(()) } else { Err(PipelineError::WrongThread) }
     }
 
-    /// Makes the calling thread the owner (a movable ring that moved).
-    pub(super) fn adopt(&mut self) {
-        debug_assert!(self.movable);
-        if !self.owner.is_forked() {
+    /// Makes the calling thread the owner, if the ring may move.
+    #[inline]
+    pub(crate) fn adopt_if_movable(&mut self) {
+        if self.movable && !self.owner.is_current() && !self.owner.is_forked() {
             self.owner = Owner::current();
         }
     }

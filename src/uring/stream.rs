@@ -126,12 +126,30 @@ impl<'a> AsyncUringStream<'a> {
         tail: impl Into<TailWord<'a>>,
         options: StreamOptions,
     ) -> Result<Self> {
-        ring.check_thread()?;
-        let flight_options = resolve(&options, ring.features().sq_entries)?;
-        let mut queue = KernelQueue::new(ring, !options.unregistered);
-        let (target, attached) = bind(&mut queue, &buffer, &options)?;
-        let flight = Some(Flight::new(queue, tail.into(), target, flight_options));
-        Ok(Self { flight, buffer, attached, options, deferred: None, finished: false, segments: Vec::new() })
+        Self::try_new(ring, buffer, tail.into(), options).map_err(|(_, error)| error)
+    }
+
+    /// A stream by options, or the ring back.
+    pub(crate) fn try_new(
+        ring: IoUringState,
+        buffer: GpuMappedBuffer<'a>,
+        tail: TailWord<'a>,
+        options: StreamOptions,
+    ) -> std::result::Result<Self, (Box<IoUringState>, PipelineError)> {
+        let resolved = ring.check_thread().and_then(|()| resolve(&options, ring.features().sq_entries));
+        let (mut ring, flight_options) = match resolved {
+            Ok(flight_options) => (ring, flight_options),
+            Err(error) => return Err((Box::new(ring), error)),
+        };
+        match bind(&mut ring, &buffer, &options) {
+            Ok((target, attached)) => {
+                let queue = KernelQueue::new(ring, !options.unregistered);
+                let flight = Some(Flight::new(queue, tail, target, flight_options));
+                let segments = Vec::new();
+                Ok(Self { flight, buffer, attached, options, deferred: None, finished: false, segments })
+            }
+            Err(error) => Err((Box::new(ring), error)),
+        }
     }
 
     // The flight is taken out only by `close`, which consumes the stream, and by drop.
@@ -220,16 +238,29 @@ impl<'a> AsyncUringStream<'a> {
         ranges: &[(usize, usize)],
         user_data: u64,
     ) -> Result<u64> {
-        if ranges.is_empty() || ranges.len() > MAX_SEGMENTS {
-            return Err(PipelineError::invalid(format!("{} ranges", ranges.len()), "pass 1 to 1024"));
-        }
+        self.submit_scatter(file.into(), file_offset, ranges.iter().copied(), user_data)
+    }
+
+    pub(crate) fn submit_scatter(
+        &mut self,
+        file: FileRef,
+        file_offset: u64,
+        ranges: impl ExactSizeIterator<Item = Segment> + Clone,
+        user_data: u64,
+    ) -> Result<u64> {
+        let count = ranges.len();
+        let first = match ranges.clone().next() {
+            Some((first, _)) if count <= MAX_SEGMENTS => first,
+            _ => return Err(PipelineError::invalid(format!("{count} ranges"), "pass 1 to 1024")),
+        };
+        let len = self.buffer.len() as u64;
+        ranges.clone().try_for_each(|(offset, bytes)| {
+            PipelineError::check_range("read target", offset as u64, bytes as u64, len)
+        })?;
         let start = self.buffer.span().start;
         let mut segments = std::mem::take(&mut self.segments);
         segments.clear();
-        for &(offset, len) in ranges.iter().filter(|&&(_, len)| len > 0) {
-            PipelineError::check_range("read target", offset as u64, len as u64, self.buffer.len() as u64)?;
-            segments.push((start + offset, len));
-        }
+        segments.extend(ranges.filter(|&(_, len)| len > 0).map(|(offset, len)| (start + offset, len)));
         // The upper half is scratch: the same ranges by address.
         let count = segments.len();
         segments.extend_from_within(..);
@@ -238,7 +269,7 @@ impl<'a> AsyncUringStream<'a> {
         let result = if by_address.windows(2).any(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
             Err(PipelineError::invalid("overlapping ranges", "each byte of the buffer can take one byte of the file"))
         } else {
-            self.submit(file.into(), file_offset, None, segments_in_order, ranges[0].0, user_data)
+            self.submit(file, file_offset, None, segments_in_order, first, user_data)
         };
         self.segments = segments;
         result
@@ -392,8 +423,26 @@ impl<'a> AsyncUringStream<'a> {
     /// # Errors
     /// That of the system call, when there is no record to return. `EPERM` on another thread.
     pub fn poll_into(&mut self, out: &mut [Completion]) -> Result<usize> {
+        let mut places = out.iter_mut();
+        self.poll_each(places.len(), |completion| {
+            if let Some(place) = places.next() {
+                *place = completion;
+            }
+        })
+    }
+
+    /// As [`poll_into`](Self::poll_into), handing at most `max` records to `each`.
+    pub(crate) fn poll_each(&mut self, max: usize, mut each: impl FnMut(Completion)) -> Result<usize> {
         let driven = self.drive(0, None)?;
-        self.take_into(out, driven)
+        let flight = self.flight_mut()?;
+        let mut count = 0;
+        while count < max
+            && let Some(completion) = flight.take()
+        {
+            each(completion);
+            count += 1;
+        }
+        self.settle(count, driven)
     }
 
     /// Submits what is queued and waits until `min` records can be taken (by [`poll`](Self::poll) or
@@ -417,17 +466,6 @@ impl<'a> AsyncUringStream<'a> {
         // Registrations given up earlier (a replaced buffer's) go with the last read that used them.
         flight.queue.sweep();
         Ok(driven)
-    }
-
-    fn take_into(&mut self, out: &mut [Completion], driven: Result<()>) -> Result<usize> {
-        let flight = self.flight_mut()?;
-        let mut count = 0;
-        for place in out {
-            let Some(completion) = flight.take() else { break };
-            *place = completion;
-            count += 1;
-        }
-        self.settle(count, driven)
     }
 
     /// Completions first: the error of a system call waits for a call that has none.
@@ -489,7 +527,7 @@ impl<'a> AsyncUringStream<'a> {
     /// As [`with_options`](Self::with_options); on failure the old buffer stays.
     pub fn replace_buffer(&mut self, buffer: GpuMappedBuffer<'a>) -> Result<GpuMappedBuffer<'a>> {
         let options = self.options;
-        let (target, attached) = bind(&mut self.flight_mut()?.queue, &buffer, &options)?;
+        let (target, attached) = bind(self.flight_mut()?.queue.ring_mut(), &buffer, &options)?;
         let was_attached = std::mem::replace(&mut self.attached, attached);
         let flight = self.flight_mut()?;
         if let (Target::Registered(entry), true) = (flight.set_home(target), was_attached) {
@@ -588,18 +626,45 @@ impl<'a> AsyncUringStream<'a> {
         let (stats, submitted, tail) = (flight.stats(), flight.submitted(), flight.tail());
         match flight.queue.into_ring() {
             Some(ring) => Ok(CloseReport { ring, stats, submitted, tail }),
-            None => Err(PipelineError::timed_out(
-                "closing the stream",
-                "the device holds on to its reads: ring and memory are leaked so that it cannot write to reused memory",
-            )),
+            None => Err(leaked()),
         }
+    }
+
+    /// The calling thread owns the stream from now on, if its ring may move.
+    #[inline]
+    pub(crate) fn enter(&mut self) -> &mut Self {
+        if let Some(flight) = &mut self.flight {
+            flight.queue.ring_mut().adopt_if_movable();
+        }
+        self
+    }
+
+    /// Whether the calling thread may close the stream: the owner, or any once the owner has exited.
+    pub(crate) fn check_closable(&self) -> Result<()> {
+        let owner = &self.ring().owner;
+        if owner.is_gone() && !owner.is_forked() { Ok(()) } else { self.ring().check_thread() }
+    }
+
+    pub(crate) fn close_timeout(&self) -> Duration {
+        self.options.close_timeout
+    }
+
+    /// [`close`](Self::close) where `check_closable` allows it. `None`: the owner has exited with nothing in flight, and
+    /// the ring went with the stream.
+    pub(crate) fn close_anywhere(self, timeout: Duration) -> Result<Option<CloseReport>> {
+        if self.ring().check_thread().is_ok() {
+            return self.close(timeout).map(Some);
+        }
+        let held = self.flight().queue.reads();
+        drop(self);
+        if held == 0 { Ok(None) } else { Err(leaked()) }
     }
 
     /// Ends the flight; afterwards the kernel holds nothing, or what it holds is leaked with the flight's queue.
     fn shut(&mut self, timeout: Duration) -> Option<Flight<'a, KernelQueue>> {
         let mut flight = self.flight.take()?;
-        let whole = flight.in_flight() == 0 && flight.tail() == flight.submitted();
         flight.shut(timeout);
+        let whole = flight.tail() == flight.submitted();
         flight.publish_end(if self.finished && whole { 0 } else { libc::ECANCELED });
         let home = flight.set_home(Target::Plain(Arc::clone(self.buffer.region())));
         if let (Target::Registered(entry), true) = (home, self.attached) {
@@ -626,13 +691,14 @@ impl Drop for AsyncUringStream<'_> {
         let timeout = self.options.close_timeout;
         let Some(flight) = &mut self.flight else { return };
         let ring = flight.queue.ring_mut();
-        if ring.is_movable() {
-            ring.adopt();
-        }
+        ring.adopt_if_movable();
         if ring.check_thread().is_ok() {
             drop(self.shut(timeout));
+        } else if !ring.owner.is_forked() {
+            // On a thread that does not own the ring nothing can be reaped: the queue's drop leaks what is in flight.
+            let whole = flight.tail() == flight.submitted();
+            flight.publish_end(if self.finished && whole { 0 } else { libc::ECANCELED });
         }
-        // On a thread that does not own the ring nothing can be reaped: the queue's drop leaks what is in flight.
     }
 }
 
@@ -651,12 +717,7 @@ unsafe impl Send for MovableStream<'_> {}
 impl<'a> MovableStream<'a> {
     /// The stream, owned by the calling thread from now on.
     pub fn get(&mut self) -> &mut AsyncUringStream<'a> {
-        if let Some(flight) = &mut self.0.flight
-            && flight.queue.ring().is_movable()
-        {
-            flight.queue.ring_mut().adopt();
-        }
-        &mut self.0
+        self.0.enter()
     }
 
     /// The plain stream, bound to the calling thread.
@@ -665,6 +726,13 @@ impl<'a> MovableStream<'a> {
         self.get();
         self.0
     }
+}
+
+fn leaked() -> PipelineError {
+    PipelineError::timed_out(
+        "closing the stream",
+        "the kernel holds on to its reads: ring and memory are leaked so that nothing writes to reused memory",
+    )
 }
 
 fn slot_offset(chunk_idx: usize, len: usize, size: usize) -> Result<usize> {
@@ -700,12 +768,12 @@ fn resolve(options: &StreamOptions, entries: u32) -> Result<FlightOptions> {
 }
 
 /// The target that reads into a buffer use, and whether its registration was made here.
-fn bind(queue: &mut KernelQueue, buffer: &GpuMappedBuffer<'_>, options: &StreamOptions) -> Result<(Target, bool)> {
+fn bind(ring: &mut IoUringState, buffer: &GpuMappedBuffer<'_>, options: &StreamOptions) -> Result<(Target, bool)> {
     let plain = || (Target::Plain(Arc::clone(buffer.region())), false);
     if options.unregistered {
         return Ok(plain());
     }
-    let IoUringState { ring, buffers, .. } = queue.ring_mut();
+    let IoUringState { ring, buffers, .. } = ring;
     if let Some(entry) = buffers.find(buffer) {
         return Ok((Target::Registered(entry), false));
     }
