@@ -33,6 +33,8 @@
 //! ```
 
 pub mod error;
+#[doc(hidden)]
+pub mod ffi;
 pub mod memory;
 mod sys;
 #[cfg(feature = "testing")]

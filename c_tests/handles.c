@@ -1,0 +1,176 @@
+// Handles that are NULL, stale, of another kind or made up are -EBADF everywhere, and nothing is touched.
+#include "check.h"
+
+enum { KINDS = 7 };
+enum kind { NONE, MAPPED, BUFFER, FILE_, LINE, RING, STREAM, SHARED };
+
+static struct world w;
+static struct ringest_file *file;
+static struct ringest_shared_buffers *shares;
+
+// Calls every function that takes a handle with `h` in its place, but those of the kind that `h` is.
+static void every_call(void *h, enum kind kind) {
+    struct ringest_mapped *mapped = NULL;
+    struct ringest_buffer *buffer = NULL;
+    struct ringest_tail_line *line = NULL;
+    struct ringest_stream *stream = NULL;
+    struct ringest_shared_buffers *shared = NULL;
+    const struct ringest_tail_line_words *words = NULL;
+    struct ringest_features features;
+    struct ringest_stream_counters stats;
+    struct ringest_completion record;
+    struct ringest_range range = {0, 1};
+    const struct ringest_buffer *list[1];
+    uint8_t command[64] = {0};
+    uint64_t number = 0;
+    uint32_t half = 0;
+    int32_t fd = 0;
+    void *place = NULL;
+
+    list[0] = (struct ringest_buffer *)h;
+    if (kind != MAPPED) {
+        struct ringest_mapped *m = (struct ringest_mapped *)h;
+        CALL(-EBADF, ringest_mapped_free, m);
+        CALL(-EBADF, ringest_mapped_size, m);
+        CALL(-EBADF, ringest_mapped_host_ptr, m, &place);
+        CALL(-EBADF, ringest_mapped_device_ptr, m, &number);
+        CALL(-EBADF, ringest_mapped_share, m, &buffer);
+    }
+    if (kind != BUFFER) {
+        struct ringest_buffer *b = (struct ringest_buffer *)h;
+        CALL(-EBADF, ringest_buffer_sub_region, b, 0, 1, &buffer);
+        CALL(-EBADF, ringest_buffer_duplicate, b, &buffer);
+        CALL(-EBADF, ringest_buffer_release, b);
+        CALL(-EBADF, ringest_buffer_size, b);
+        CALL(-EBADF, ringest_buffer_kind, b);
+        CALL(-EBADF, ringest_buffer_host_ptr, b, &place);
+        CALL(-EBADF, ringest_buffer_device_ptr, b, &number);
+        CALL(-EBADF, ringest_tail_line_in_buffer, b, 0, &line);
+        CALL(-EBADF, ringest_stream_create, w.ring, b, w.line, NULL, &stream);
+        CALL(-EBADF, ringest_stream_create_u64, w.ring, b, &number, NULL, &stream);
+        CALL(-EBADF, ringest_stream_create_u32, w.ring, b, &half, NULL, &stream);
+        CALL(-EBADF, ringest_stream_replace_buffer, w.stream, b);
+        CALL(-EBADF, ringest_ring_register_buffers, w.ring, list, 1);
+        if (h) CALL(-EBADF, ringest_ring_update_buffer, w.ring, 0, b);
+    }
+    if (kind != FILE_) {
+        struct ringest_file *f = (struct ringest_file *)h;
+        CALL(-EBADF, ringest_file_close, f);
+        CALL(-EBADF, ringest_file_size, f);
+        CALL(-EBADF, ringest_file_direct, f, &half, &half);
+        CALL(-EBADF, ringest_stream_submit_read_file, w.stream, f, 0, 0, 1, 0);
+    }
+    if (kind != LINE) {
+        struct ringest_tail_line *l = (struct ringest_tail_line *)h;
+        CALL(-EBADF, ringest_tail_line_free, l);
+        CALL(-EBADF, ringest_tail_line_host_ptr, l, &words);
+        CALL(-EBADF, ringest_tail_line_device_ptr, l, &number);
+        CALL(-EBADF, ringest_stream_create, w.ring, w.buffer, l, NULL, &stream);
+    }
+    if (kind != RING) {
+        struct ringest_ring *r = (struct ringest_ring *)h;
+        list[0] = w.buffer;
+        CALL(-EBADF, ringest_ring_destroy, r);
+        CALL(-EBADF, ringest_ring_features, r, &features);
+        CALL(-EBADF, ringest_ring_fd, r);
+        CALL(-EBADF, ringest_ring_register_buffers, r, list, 1);
+        CALL(-EBADF, ringest_ring_register_buffers_sparse, r, 1);
+        CALL(-EBADF, ringest_ring_update_buffer, r, 0, NULL);
+        CALL(-EBADF, ringest_ring_unregister_buffers, r);
+        CALL(-EBADF, ringest_ring_share_buffers, r, &shared);
+        CALL(-EBADF, ringest_ring_clone_buffers, r, shares);
+        CALL(-EBADF, ringest_ring_register_files, r, &fd, 1);
+        CALL(-EBADF, ringest_ring_register_files_sparse, r, 1);
+        CALL(-EBADF, ringest_ring_update_file, r, 0, -1);
+        CALL(-EBADF, ringest_ring_unregister_files, r);
+        CALL(-EBADF, ringest_stream_create, r, w.buffer, w.line, NULL, &stream);
+        CALL(-EBADF, ringest_stream_create_u64, r, w.buffer, &number, NULL, &stream);
+        CALL(-EBADF, ringest_stream_create_u32, r, w.buffer, &half, NULL, &stream);
+    }
+    if (kind != STREAM) {
+        struct ringest_stream *s = (struct ringest_stream *)h;
+        CALL(-EBADF, ringest_stream_submit_read, s, 0, 0, 0, 1, 0);
+        CALL(-EBADF, ringest_stream_submit_read_file, s, file, 0, 0, 1, 0);
+        CALL(-EBADF, ringest_stream_submit_read_fixed_file, s, 0, 0, 0, 1, 0);
+        CALL(-EBADF, ringest_stream_submit_read_fixed, s, 0, 0, 0, 0, 1, 0);
+        CALL(-EBADF, ringest_stream_submit_read_scatter, s, 0, 0, &range, 1, 0);
+        CALL(-EBADF, ringest_stream_submit_nvme_passthrough, s, 0, command, 0);
+        CALL(-EBADF, ringest_stream_flush, s);
+        CALL(-EBADF, ringest_stream_poll, s);
+        CALL(-EBADF, ringest_stream_poll_into, s, &record, 1);
+        CALL(-EBADF, ringest_stream_wait, s, 1, -1);
+        CALL(-EBADF, ringest_stream_resubmit, s, 0);
+        CALL(-EBADF, ringest_stream_skip, s, 0);
+        CALL(-EBADF, ringest_stream_cancel, s, 0);
+        CALL(-EBADF, ringest_stream_cancel_all, s);
+        CALL(-EBADF, ringest_stream_replace_buffer, s, w.buffer);
+        CALL(-EBADF, ringest_stream_finish, s);
+        CALL(-EBADF, ringest_stream_inflight, s);
+        CALL(-EBADF, ringest_stream_tail, s);
+        CALL(-EBADF, ringest_stream_is_registered, s);
+        CALL(-EBADF, ringest_stream_stats, s, &stats);
+        CALL(-EBADF, ringest_stream_close, s, 0);
+        CALL(-EBADF, ringest_stream_destroy, s);
+    }
+    if (kind != SHARED) {
+        struct ringest_shared_buffers *s = (struct ringest_shared_buffers *)h;
+        CALL(-EBADF, ringest_shared_buffers_free, s);
+        CALL(-EBADF, ringest_ring_clone_buffers, w.ring, s);
+    }
+    CHECK(!mapped && !shared && !buffer && !line && !stream && !words && !number && !half && !place);
+    CALL(0, ringest_stream_inflight, w.stream);
+}
+
+int main(void) {
+    struct world gone;
+    struct ringest_file *closed;
+    void *live[KINDS], *stale[6], *second[KINDS];
+    int fd = data_file(100);
+    size_t i;
+
+    open_world(&w, 4096, 0, 0);
+    CALL(0, ringest_file_from_fd, fd, 0, &file);
+    CALL(0, ringest_ring_register_buffers_sparse, w.ring, 1);
+    CALL(0, ringest_ring_share_buffers, w.ring, &shares);
+    every_call(NULL, NONE);
+
+    live[0] = w.mapped, live[1] = w.buffer, live[2] = file, live[3] = w.line, live[4] = w.ring, live[5] = w.stream;
+    live[6] = shares;
+    for (i = 0; i < KINDS; i++) every_call(live[i], (enum kind)(i + 1));
+
+    // Destroyed ones, whose places are in use again, and ones to be.
+    open_world(&gone, 4096, 0, 0);
+    CALL(0, ringest_file_from_fd, fd, 0, &closed);
+    stale[0] = gone.mapped, stale[1] = gone.buffer, stale[2] = closed;
+    stale[3] = gone.line, stale[4] = gone.ring, stale[5] = gone.stream;
+    close_world(&gone);
+    CALL(0, ringest_file_close, closed);
+    for (i = 0; i < 6; i++) every_call(stale[i], NONE);
+    open_world(&gone, 4096, 0, 0);
+    CALL(0, ringest_file_from_fd, fd, 0, &closed);
+    for (i = 0; i < 6; i++) every_call(stale[i], NONE);
+    second[0] = gone.mapped, second[1] = gone.buffer, second[2] = closed;
+    second[3] = gone.line, second[4] = gone.ring, second[5] = gone.stream, second[6] = NULL;
+
+    // Bits that were never a handle, among them pointers, and live handles with one bit changed.
+    {
+        uint64_t odd[] = {1,          UINT64_MAX, UINT64_C(1) << 63, (uintptr_t)&w, (uintptr_t)main, UINT64_C(0x0100000000ffffff),
+                          0x05ffffff, UINT64_C(0x05ffffffffffffff)};
+        for (i = 0; i < sizeof odd / sizeof *odd; i++) every_call((void *)(uintptr_t)odd[i], NONE);
+        for (i = 0; i < KINDS * 64; i++) {
+            uint64_t changed = (uint64_t)(uintptr_t)live[i / 64] ^ (UINT64_C(1) << (i % 64));
+            void *h = (void *)(uintptr_t)changed;
+            size_t other;
+            for (other = 0; other < KINDS && changed != (uintptr_t)live[other] && changed != (uintptr_t)second[other];) other++;
+            if (other < KINDS) continue;
+            every_call(h, NONE);
+        }
+    }
+    CALL(0, ringest_file_close, closed);
+    close_world(&gone);
+    CALL(0, ringest_file_close, file);
+    CALL(0, ringest_shared_buffers_free, shares);
+    close_world(&w);
+    close(fd);
+    return 0;
+}

@@ -1,0 +1,2 @@
+#include <ringest.h>
+#include <ringest.h>
