@@ -1,0 +1,32 @@
+# Puts cargo's libraries (in FROM) into TO under the names they are installed by, stripped when STRIP names the tool.
+# Untouched when they are up to date, so that nothing is linked again without need.
+cmake_minimum_required(VERSION 3.22)
+
+set(origin "${FROM} ${STRIP}")
+set(before "")
+if(EXISTS "${TO}/origin")
+  file(READ "${TO}/origin" before)
+endif()
+
+function(stage from to)
+  if(NOT EXISTS "${from}")
+    message(FATAL_ERROR "cargo has not built ${from}: does a configuration file of cargo's set build.target?")
+  endif()
+  if(origin STREQUAL before AND NOT "${from}" IS_NEWER_THAN "${to}")
+    return()
+  endif()
+  if(STRIP)
+    execute_process(COMMAND "${STRIP}" ${ARGN} -o "${to}.new" "${from}" COMMAND_ERROR_IS_FATAL ANY)
+  else()
+    configure_file("${from}" "${to}.new" COPYONLY)
+    file(TOUCH "${to}.new")
+  endif()
+  file(RENAME "${to}.new" "${to}")
+endfunction()
+
+file(MAKE_DIRECTORY "${TO}")
+stage("${FROM}/libringest.so" "${TO}/${SHARED}" --strip-unneeded)
+stage("${FROM}/libringest.a" "${TO}/libringest.a" -g)
+file(CREATE_LINK "${SHARED}" "${TO}/${SONAME}" SYMBOLIC)
+file(CREATE_LINK "${SONAME}" "${TO}/libringest.so" SYMBOLIC)
+file(WRITE "${TO}/origin" "${origin}")
