@@ -1,6 +1,6 @@
 //! The C ABI: one file per handle family, each export a few lines.
 //!
-//! Every export takes handles out of a table ([`handle`]), so a null, stale or foreign handle is `EBADF` and never
+//! Every export takes handles out of a table (`handle`), so a null, stale or foreign handle is `EBADF` and never
 //! dereferenced; turns errors into `-errno` and a message for `ringest_last_error`; and stops panics at the boundary.
 //! Doc comments of exports are written for the reader of the C header.
 

@@ -190,6 +190,8 @@ impl<Q: Queue> Flight<'_, Q> {
         let errno = record.errno;
         debug_assert!(errno != 0 || record.landed == record.requested);
         record.state = if errno == 0 { State::Whole } else { State::Failed };
+        let cancelled = record.cancelled;
+        self.cancelling -= u32::from(cancelled);
         self.flying -= 1;
         self.finished.push_back(sequence);
         match errno {

@@ -9,6 +9,9 @@ use crate::sys::Errno;
 use std::collections::VecDeque;
 use std::time::Duration;
 
+/// How long after a cancellation the kernel is asked once more.
+const FIRST_ASK: Duration = Duration::from_millis(5);
+
 impl<Q: Queue> Flight<'_, Q> {
     /// Submits what is queued and reaps what has completed; with `min` > 0, waits until that many completions can be
     /// taken, the timeout passes (`ETIMEDOUT`), or nothing is left that could complete.
@@ -16,6 +19,7 @@ impl<Q: Queue> Flight<'_, Q> {
         let deadline = timeout.filter(|_| min > 0).map(|timeout| self.queue.now().saturating_add(timeout));
         let mut looked = false;
         loop {
+            let again = self.ask_again();
             self.reap_all();
             self.wake()?;
             let satisfied = self.ready() >= min;
@@ -47,7 +51,7 @@ impl<Q: Queue> Flight<'_, Q> {
                 ));
             }
             let nap = self.sleeping.iter().map(|(wake, _)| wake.saturating_sub(now)).min();
-            let limit = left.into_iter().chain(nap).min();
+            let limit = left.into_iter().chain(nap).chain(again).min();
             let wait = (min - self.ready()).min(self.queue.in_kernel().max(1)) as u32;
             // Ops outside the kernel go in as others come out, and a nap ends alone: do not ask for more than could
             // come before that.
@@ -121,23 +125,47 @@ impl<Q: Queue> Flight<'_, Q> {
                 "only one in flight can be cancelled",
             ));
         }
-        self.record(sequence).cancelled = true;
+        self.mark_cancelled(sequence);
         self.drop_waiting(|op| op.sequence == sequence);
-        if self.record(sequence).state == State::Flying {
-            self.queue.cancel(Some(sequence));
-        }
+        self.ask(sequence);
         Ok(())
+    }
+
+    pub(super) fn mark_cancelled(&mut self, sequence: u64) {
+        let record = self.record(sequence);
+        let newly = record.state == State::Flying && !std::mem::replace(&mut record.cancelled, true);
+        self.cancelling += u32::from(newly);
+    }
+
+    /// Asks the kernel for a cancelled submission, which may by now have ended.
+    pub(super) fn ask(&mut self, sequence: u64) {
+        if self.record(sequence).state == State::Flying && self.record(sequence).cancelled {
+            self.queue.cancel(Some(sequence));
+            (self.ask_at, self.ask_every) = (self.queue.now() + FIRST_ASK, FIRST_ASK);
+        }
+    }
+
+    /// Repeats cancellations that the kernel has not heeded: it finds no command that is just on its way between its
+    /// queues. Returns how long until the next time.
+    pub(super) fn ask_again(&mut self) -> Option<Duration> {
+        if self.cancelling == 0 {
+            return None;
+        }
+        let now = self.queue.now();
+        if self.ask_at <= now {
+            let every = (self.ask_every * 2).min(Duration::from_secs(1));
+            (self.floor..self.next).for_each(|sequence| self.ask(sequence));
+            (self.ask_at, self.ask_every) = (now + every, every);
+        }
+        Some(self.ask_at.saturating_sub(now))
     }
 
     /// Cancels everything in flight.
     pub(crate) fn cancel_all(&mut self) {
-        for sequence in self.floor..self.next {
-            if self.record(sequence).state == State::Flying {
-                self.record(sequence).cancelled = true;
-            }
-        }
+        (self.floor..self.next).for_each(|sequence| self.mark_cancelled(sequence));
         self.drop_waiting(|_| true);
         self.queue.cancel(None);
+        (self.ask_at, self.ask_every) = (self.queue.now() + FIRST_ASK, FIRST_ASK);
     }
 
     pub(super) fn drop_waiting(&mut self, matches: impl Fn(&Box<Op>) -> bool) {
@@ -173,7 +201,8 @@ impl<Q: Queue> Flight<'_, Q> {
             if left.is_zero() {
                 break;
             }
-            if let Err(error) = self.enter(1, Some(left)) {
+            let again = self.ask_again().unwrap_or(left);
+            if let Err(error) = self.enter(1, Some(left.min(again))) {
                 errors += u32::from(!matches!(error.errno(), libc::EAGAIN | libc::EBUSY));
                 self.queue.pause(left.min(Duration::from_millis(1)));
             }

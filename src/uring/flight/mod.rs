@@ -93,6 +93,10 @@ pub(crate) struct Flight<'a, Q> {
     bounce_wait: VecDeque<Box<Op>>,
     /// Ops waiting to be retried, with the time for it.
     sleeping: Vec<(Duration, Box<Op>)>,
+    /// Submissions that are cancelled and have not ended; when to ask the kernel again, and after how long after that.
+    cancelling: u32,
+    ask_at: Duration,
+    ask_every: Duration,
     bounce: Option<Bounce>,
     /// Ops at rest, to be used again. Their target is the home, their file none: they keep nothing else alive.
     #[allow(clippy::vec_box, reason = "boxes are what is used again")]
@@ -121,6 +125,9 @@ impl<'a, Q: Queue> Flight<'a, Q> {
             pending: VecDeque::new(),
             bounce_wait: VecDeque::new(),
             sleeping: Vec::new(),
+            cancelling: 0,
+            ask_at: Duration::ZERO,
+            ask_every: Duration::ZERO,
             bounce: None,
             rest: Vec::new(),
             made: 0,
