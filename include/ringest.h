@@ -672,7 +672,7 @@ int32_t ringest_shared_buffers_free(struct ringest_shared_buffers *buffers);
 //
 // The owning thread.
 //
-// Errors: -EBADF for either handle; -EBUSY when ring has buffers, or the other ring's changed since they were shared;
+// Errors: -EBADF for either handle; -EBUSY when ring has buffers;
 // -EOPNOTSUPP on kernels before 6.12; -EPERM on another thread; -ENODEV when the ring went with a stream.
 int32_t ringest_ring_clone_buffers(struct ringest_ring *ring, const struct ringest_shared_buffers *source);
 

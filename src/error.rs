@@ -62,7 +62,7 @@ pub enum PipelineError {
         fix: Text,
     },
     /// A range does not lie inside the memory, the table or the file position space. `ERANGE`.
-    #[error("{what}: offset {offset} + length {length} exceeds {limit}")]
+    #[error("{what}: offset {offset} + length {length} exceeds {limit}; stay within it")]
     OutOfRange {
         /// What the range was meant for.
         what: &'static str,
@@ -93,7 +93,10 @@ pub enum PipelineError {
         fix: Text,
     },
     /// The file ended before the read did. `ENODATA`.
-    #[error("end of file: {bytes} of {requested} bytes at file offset {file_offset} (submission {sequence}) exist")]
+    #[error(
+        "end of file: {bytes} of {requested} bytes at file offset {file_offset} (submission {sequence}) exist; submit what \
+         the file has, or resubmit once it has grown"
+    )]
     EndOfFile {
         /// The submission's sequence number.
         sequence: u64,
@@ -116,7 +119,7 @@ pub enum PipelineError {
     #[error("this ring belongs to the thread that created it; call from there, or create it with RingOptions::movable")]
     WrongThread,
     /// The submission was cancelled. `ECANCELED`.
-    #[error("submission {sequence} was cancelled after {bytes} bytes")]
+    #[error("submission {sequence} was cancelled after {bytes} bytes; resubmit it if it is still wanted, or skip it")]
     Cancelled {
         /// The submission's sequence number.
         sequence: u64,

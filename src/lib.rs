@@ -47,8 +47,8 @@ pub use error::{PipelineError, Result};
 pub use memory::{AnyBits, GpuMappedBuffer, HugePages, MappedBuffer, MappedOptions, MemoryKind};
 pub use uring::{
     AsyncUringStream, CloseReport, Completion, DirectAlignment, DirectMode, FileRef, InputFile, IoUringState,
-    LeakStats, MovableStream, ReadPath, RingFeatures, RingOptions, SharedBuffers, SqPoll, StreamOptions, StreamStats,
-    TailLine, TailWord, leak_stats,
+    LeakStats, MovableStream, ReadPath, RingFeatures, RingOptions, RingRegistrations, SharedBuffers, SqPoll,
+    StreamOptions, StreamStats, TailLine, TailWord, leak_stats,
 };
 
 #[cfg(not(target_os = "linux"))]

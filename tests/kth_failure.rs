@@ -246,6 +246,10 @@ fn every_system_call_may_fail_once() {
             };
             match &ended {
                 Some((now, text)) if !documented(call, errno, *now) => problem(format!("ended with {now}: {text}")),
+                // A signal is no failure.
+                Some(_) if errno == libc::EINTR && matches!(call, "io_uring_enter" | "open") => {
+                    problem("EINTR was not retried".to_owned());
+                }
                 None if wholes < clean.wholes - 1 => problem(format!("{wholes} reads of {}", clean.wholes)),
                 _ => {}
             }

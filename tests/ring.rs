@@ -208,7 +208,7 @@ fn reads_work_at_every_rung_of_the_fallback_ladder() {
                 let features = ring.features();
                 assert!(!features.defer_taskrun, "{features}");
                 assert_eq!(features.single_issuer, single && !movable, "{features}");
-                assert_eq!((features.coop_taskrun, features.submit_all), (coop, submit_all), "{features}");
+                assert_eq!((features.coop_taskrun, features.submit_all), (coop && !movable, submit_all), "{features}");
                 assert!(movable || features.fell_back, "{features}");
                 drop(exercise(ring));
             }
@@ -500,7 +500,7 @@ fn rings_on_two_threads_share_one_registration() {
 }
 
 #[test]
-fn a_stale_share_is_refused() {
+fn a_share_is_a_snapshot() {
     let (mut first, mut second) = (ring!(), ring!());
     if kernel() < (6, 12) {
         skip!("buffers cannot be cloned before Linux 6.12");
@@ -508,16 +508,61 @@ fn a_stale_share_is_refused() {
     let mut memory = [filled(4096, 0), filled(4096, 0)];
     let handles = [memory[0].share(), memory[1].share()];
     first.register_buffers(&[&handles[0]]).unwrap();
-    let stale = first.share_buffers().unwrap();
+    let shared = first.share_buffers().unwrap();
+    // What the first ring does afterwards, the memory of its stream included, is not in it.
     first.update_buffer(0, Some(&handles[1])).unwrap();
-    let error = second.clone_buffers(&stale).unwrap_err();
-    assert_eq!(error.errno(), libc::EBUSY);
-    assert!(error.to_string().contains("share again"), "{error}");
-    // The refused ring is as it was.
-    second.register_buffers(&[&handles[0]]).unwrap();
-    second.unregister_buffers().unwrap();
-    second.clone_buffers(&first.share_buffers().unwrap()).unwrap();
+    let mut own = filled(1 << 16, 0);
+    let tail = AtomicU64::new(0);
+    let stream = AsyncUringStream::new(first, own.share(), &tail).unwrap();
+    let later = stream.ring().share_buffers().unwrap();
+    second.clone_buffers(&shared).unwrap();
+    assert_eq!(errno(second.clone_buffers(&shared)), libc::EBUSY);
+    let registered = |ring: &IoUringState| {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", ring.fd())).unwrap();
+        let bufs = info.split("UserBufs:").nth(1).unwrap_or_default().split("PollList").next().unwrap_or_default();
+        (bufs.contains(&format!("{:x}/4096", handles[0].as_host_ptr() as usize)), bufs.contains("/65536"))
+    };
+    let seen = registered(&second);
+    if seen.0 {
+        assert!(!seen.1, "the stream's own memory was shared");
+        let mut third = ring!();
+        third.clone_buffers(&later).unwrap();
+        assert_eq!(registered(&third), (false, false));
+    }
+    drop(stream);
     drop(exercise(second));
+}
+
+/// A ring of a kernel before 5.19, whose buffer table can only be made and dropped as a whole.
+#[test]
+fn without_sparse_tables_a_ring_serves_one_stream_after_the_other() {
+    #[cfg(not(feature = "testing"))]
+    skip!("built without the feature testing");
+    #[cfg(feature = "testing")]
+    {
+        use ringest::testing::{end_fault_plan, plan_fault};
+        plan_fault(0, 0);
+        let whole = ring!();
+        let calls = end_fault_plan();
+        drop(whole);
+        let sparse = calls.iter().rposition(|&call| call == "io_uring_register").unwrap() as u64 + 1;
+        plan_fault(sparse, libc::EINVAL);
+        let ring = ring!();
+        end_fault_plan();
+        assert!(!ring.features().sparse_buffers);
+        let (mut first, mut second) = (filled(4096, 0), filled(8192, 0));
+        let tail = AtomicU64::new(0);
+        let stream = AsyncUringStream::new(ring, first.share(), &tail).unwrap();
+        assert!(stream.is_registered());
+        let mut ring = stream.close(LONG).unwrap().ring;
+        assert!(first.as_slice().is_ok(), "the memory is held");
+        let handle = second.share();
+        ring.register_buffers(&[&handle]).unwrap();
+        ring.unregister_buffers().unwrap();
+        drop(handle);
+        let stream = AsyncUringStream::new(ring, second.share(), &tail).unwrap();
+        assert!(stream.is_registered());
+    }
 }
 
 // Files

@@ -840,3 +840,76 @@ fn debug_output_names_what_matters() {
     assert!(text.contains("tail: 0") && text.contains("in_flight: 0"), "{text}");
     assert!(stream.footprint() > 0 && stream.ring().fd() > 0);
 }
+
+/// Completions of reads and of their cancellations together are more than the queue holds.
+#[test]
+fn polling_alone_sees_a_completion_queue_that_overflowed() {
+    let ring = ring!(RingOptions { entries: 64, ..RingOptions::default() });
+    let pipe = Pipe::new();
+    let tail = AtomicU64::new(0);
+    let mut memory = filled(1 << 16, 0);
+    let options = StreamOptions { depth: 112, window: 256, ..StreamOptions::default() };
+    let mut stream = AsyncUringStream::with_options(ring, memory.share(), &tail, options).unwrap();
+    for i in 0..112 {
+        stream.submit_read_to_gpu_at(pipe.fd(), 0, i * 64, 64).unwrap();
+    }
+    stream.flush_submissions().unwrap();
+    stream.cancel_all().unwrap();
+    let mut out = [Completion::default(); 16];
+    let (mut ended, start) = (0, std::time::Instant::now());
+    while ended < 112 {
+        assert!(start.elapsed() < LONG, "{ended} of 112 ended");
+        let count = stream.poll_into(&mut out).unwrap();
+        assert!(out[..count].iter().all(|completion| completion.status == -libc::ECANCELED));
+        ended += count;
+    }
+}
+
+#[test]
+fn closing_without_time_finds_what_has_completed() {
+    let file = TempFile::new(65_536);
+    let input = file.open(DirectMode::Off);
+    let before = leak_stats();
+    for submitted in [0, 4] {
+        let tail = AtomicU64::new(0);
+        let mut memory = filled(65_536, 0);
+        let mut stream = AsyncUringStream::new(ring!(), memory.share(), &tail).unwrap();
+        for i in 0..submitted {
+            stream.submit_read_to_gpu(&input, i * 4096, i as usize, 4096).unwrap();
+        }
+        stream.flush_submissions().unwrap();
+        stream.close(Duration::ZERO).unwrap();
+    }
+    assert_eq!(leak_stats(), before);
+}
+
+#[test]
+fn strict_and_unregistered_exclude_each_other() {
+    let tail = AtomicU64::new(0);
+    let mut memory = filled(4096, 0);
+    let options = StreamOptions { strict: true, unregistered: true, ..StreamOptions::default() };
+    let refused = AsyncUringStream::with_options(ring!(), memory.share(), &tail, options);
+    assert_eq!(refused.unwrap_err().errno(), libc::EINVAL);
+}
+
+/// The count of system calls is that of system calls, those for room in a small queue included.
+#[cfg(feature = "testing")]
+#[test]
+fn system_calls_are_counted_as_they_are_made() {
+    use ringest::testing::{end_fault_plan, plan_fault};
+    let file = TempFile::new(65_536);
+    let input = file.open(DirectMode::Off);
+    let tail = AtomicU64::new(0);
+    let mut memory = filled(65_536, 0);
+    let options = StreamOptions { depth: 32, ..StreamOptions::default() };
+    let ring = ring!(RingOptions { entries: 2, ..RingOptions::default() });
+    let mut stream = AsyncUringStream::with_options(ring, memory.share(), &tail, options).unwrap();
+    plan_fault(0, 0);
+    for i in 0..32u64 {
+        stream.submit_read_to_gpu_at(&input, i * 2048, i as usize * 2048, 2048).unwrap();
+    }
+    stream.wait_for_completion(32, Some(LONG)).unwrap();
+    let calls = end_fault_plan().iter().filter(|&&call| call == "io_uring_enter").count();
+    assert!(calls > 1);
+    assert_eq!(stream.stats().enters, calls as u64);
+}

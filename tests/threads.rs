@@ -405,3 +405,17 @@ fn consumers_on_many_threads_follow_one_tail() {
     });
     stop.store(true, Ordering::Relaxed);
 }
+
+/// Whoever waits for a stream that had to be leaked is told.
+#[test]
+fn consumers_of_a_leaked_stream_are_told() {
+    let pipe = Pipe::new();
+    let line = TailLine::alloc().unwrap();
+    let mut memory = filled(4096, 0);
+    let mut stream = AsyncUringStream::new(ring!(), memory.share(), line.clone()).unwrap();
+    stream.submit_read_to_gpu_at(pipe.fd(), 0, 0, 8).unwrap();
+    stream.flush_submissions().unwrap();
+    elsewhere(move || drop(stream));
+    assert_eq!(line.words().state.load(Ordering::Acquire), ringest::wire::state::ABORTED);
+    std::mem::forget(memory);
+}

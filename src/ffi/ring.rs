@@ -6,7 +6,7 @@ use super::options::{self, Options, known_flags};
 use super::stream::ringest_stream;
 use super::{Failure, Outcome, elements, status, store, value};
 use crate::memory::GpuMappedBuffer;
-use crate::uring::{IoUringState, RingOptions, SharedBuffers, SqPoll};
+use crate::uring::{IoUringState, RingOptions, RingRegistrations, SharedBuffers, SqPoll};
 
 /// An io_uring with its registered buffers and files. Belongs to the thread that created it, unless movable; one call at a
 /// time (-EBUSY otherwise).
@@ -169,7 +169,7 @@ impl Entered {
         }
     }
 
-    fn ring_mut(&mut self) -> Outcome<&mut IoUringState> {
+    fn ring_mut(&mut self) -> Outcome<RingRegistrations<'_>> {
         let ring = match self {
             Self::Here(place) => match &mut **place {
                 Place::Here(ring) => ring,
@@ -178,7 +178,7 @@ impl Entered {
             Self::Stream(stream) => return Ok(stream.stream.enter().ring_mut()?),
         };
         ring.adopt_if_movable();
-        Ok(ring)
+        Ok(RingRegistrations::new(ring))
     }
 }
 
@@ -268,7 +268,7 @@ pub unsafe extern "C" fn ringest_ring_register_buffers(
         // SAFETY: `buffers` is null or has `count` elements by the C contract.
         let handles = unsafe { elements(buffers, count as usize, "buffers") }?;
         let entered = handles.iter().map(|&handle| shared(handle)).collect::<Outcome<Vec<Shared<_>>>>()?;
-        let buffers: Vec<&GpuMappedBuffer<'_>> = entered.iter().map(|buffer| &***buffer).collect();
+        let buffers: Vec<&GpuMappedBuffer<'static>> = entered.iter().map(|buffer| &***buffer).collect();
         Ok(Entered::new(ring)?.ring_mut()?.register_buffers(&buffers)?)
     })
 }
@@ -364,7 +364,7 @@ pub extern "C" fn ringest_shared_buffers_free(buffers: *mut ringest_shared_buffe
 ///
 /// The owning thread.
 ///
-/// Errors: -EBADF for either handle; -EBUSY when ring has buffers, or the other ring's changed since they were shared;
+/// Errors: -EBADF for either handle; -EBUSY when ring has buffers;
 /// -EOPNOTSUPP on kernels before 6.12; -EPERM on another thread; -ENODEV when the ring went with a stream.
 #[unsafe(no_mangle)]
 pub extern "C" fn ringest_ring_clone_buffers(ring: *mut ringest_ring, source: *const ringest_shared_buffers) -> i32 {

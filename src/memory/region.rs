@@ -92,9 +92,8 @@ impl Region {
     pub(crate) fn copy_in(&self, offset: usize, bytes: &[u8]) {
         assert!(self.kind == MemoryKind::HostVisible);
         assert!(offset.checked_add(bytes.len()).is_some_and(|end| end <= self.len));
-        // SAFETY: the range is inside the region (checked above), which its constructor made writable; `bytes` is a
-        // Rust slice and cannot overlap memory that only raw pointers refer to.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.as_ptr().add(offset), bytes.len()) };
+        // SAFETY: the range is inside the region (checked above), which its constructor made writable.
+        unsafe { store_bytes(self.base.as_ptr().add(offset), bytes) };
     }
 
     /// Copies from `source` at `source_offset` to this region at `offset`.
@@ -105,6 +104,34 @@ impl Region {
         // nobody writes to it until its slot is given back, after this copy.
         let bytes = unsafe { std::slice::from_raw_parts(source.base.as_ptr().add(source_offset), len) };
         self.copy_in(offset, bytes);
+    }
+}
+
+/// Copies bytes by relaxed atomic stores, so that two streams whose reads overlap (which nobody should want, but safe
+/// code can ask for) mix their bytes as two devices would, instead of being a data race.
+///
+/// # Safety
+/// `target` is valid for writing `bytes.len()` bytes.
+unsafe fn store_bytes(target: *mut u8, bytes: &[u8]) {
+    use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+    let head = target.align_offset(align_of::<AtomicU64>()).min(bytes.len());
+    let (head, rest) = bytes.split_at(head);
+    let (words, tail) = rest.as_chunks::<8>();
+    // SAFETY: the caller's contract, and after `head` the words are aligned.
+    unsafe {
+        let mut at = target;
+        for &byte in head {
+            (*at.cast::<AtomicU8>()).store(byte, Ordering::Relaxed);
+            at = at.add(1);
+        }
+        for &word in words {
+            (*at.cast::<AtomicU64>()).store(u64::from_ne_bytes(word), Ordering::Relaxed);
+            at = at.add(8);
+        }
+        for &byte in tail {
+            (*at.cast::<AtomicU8>()).store(byte, Ordering::Relaxed);
+            at = at.add(1);
+        }
     }
 }
 
@@ -132,8 +159,8 @@ impl<'a> GpuMappedBuffer<'a> {
     /// `device` is the GPU's address of the first byte, `None` when no GPU maps it.
     ///
     /// # Safety
-    /// The kernel writes to the slice as long as reads into it are in flight. The caller keeps the memory valid and
-    /// does not touch it until then, also if the stream that reads into it is leaked (`mem::forget`) or gives up on a
+    /// The kernel writes to the slice as long as reads into it are in flight, and may be made to as long as it is
+    /// registered with a ring. The caller keeps the memory valid and does not touch it until then, also if the stream that reads into it is leaked (`mem::forget`) or gives up on a
     /// drive that never answers: in those cases the memory must never be reused.
     ///
     /// # Errors

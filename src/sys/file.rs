@@ -29,9 +29,9 @@ pub(crate) fn reopen(fd: RawFd, flags: libc::c_int) -> Result<OwnedFd, Errno> {
 
 fn open(path: &CString, flags: libc::c_int) -> Result<OwnedFd, Errno> {
     loop {
-        fault::point("open")?;
         // SAFETY: `path` is a NUL-terminated string that outlives the call.
-        match check(unsafe { libc::open(path.as_ptr(), flags) }.into()) {
+        let opened = fault::point("open").and_then(|()| check(unsafe { libc::open(path.as_ptr(), flags) }.into()));
+        match opened {
             // SAFETY: the descriptor was just made and belongs to nobody else.
             Ok(fd) => return Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) }),
             Err(libc::EINTR) => {}

@@ -6,6 +6,7 @@
 use super::thread::Process;
 use super::{Errno, check, fault};
 use io_uring::{IoUring, Probe, cqueue, squeue};
+use std::cell::Cell;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{Ordering, fence};
@@ -96,6 +97,8 @@ pub(crate) struct Ring {
     rings: ManuallyDrop<Rings>,
     process: Process,
     flags: u32,
+    /// System calls made to submit or wait.
+    enters: Cell<u64>,
     /// Index of the registered ring descriptor, valid on the registering thread alone.
     registered: Option<u32>,
 }
@@ -111,7 +114,13 @@ impl Ring {
         } else {
             Rings::Small(build(params)?)
         };
-        Ok(Self { rings: ManuallyDrop::new(rings), process: Process::current(), flags: params.flags, registered: None })
+        Ok(Self {
+            rings: ManuallyDrop::new(rings),
+            process: Process::current(),
+            flags: params.flags,
+            enters: Cell::new(0),
+            registered: None,
+        })
     }
 
     pub(crate) fn fd(&self) -> RawFd {
@@ -129,6 +138,11 @@ impl Ring {
 
     pub(crate) fn submitter(&self) -> io_uring::Submitter<'_> {
         each!(&*self.rings, ring => ring.submitter())
+    }
+
+    /// System calls made to submit or wait.
+    pub(crate) fn enters(&self) -> u64 {
+        self.enters.get()
     }
 
     pub(crate) fn is_registered(&self) -> bool {
@@ -273,6 +287,7 @@ impl Ring {
     }
 
     fn enter_raw(&self, submit: u32, wait: u32, flags: u32, arg: Option<&GetEventsArg>) -> Result<u32, Errno> {
+        self.enters.set(self.enters.get() + 1);
         fault::point("io_uring_enter")?;
         let (fd, flags) = match self.registered {
             Some(index) => (index as RawFd, flags | ENTER_REGISTERED_RING),

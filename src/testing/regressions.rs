@@ -20,6 +20,7 @@ struct Manual {
     done: VecDeque<Reaped>,
     cancels: Vec<Option<u64>>,
     enters: u32,
+    clock: Duration,
 }
 
 impl Manual {
@@ -72,7 +73,7 @@ impl Queue for Manual {
     }
 
     fn now(&self) -> Duration {
-        Duration::from_secs(1)
+        self.clock
     }
 
     fn adopt(&mut self, region: Arc<Region>) -> Target {
@@ -130,6 +131,12 @@ fn the_end_of_file_in_one_part_does_not_stop_the_others() {
     // The rest of that block: 512 + 900 is in the middle of it.
     flight.queue.complete(1024, 388);
     flight.drive(0, None).unwrap();
+    // Nothing new: the file ends there, and is found to end there again and again.
+    for _ in 0..3 {
+        assert!(flight.take().is_none());
+        flight.queue.complete(1024, 388);
+        flight.drive(0, None).unwrap();
+    }
     let completion = flight.take().unwrap();
     assert_eq!((completion.status, completion.bytes), (-libc::ENODATA, 1412));
 }
@@ -208,4 +215,90 @@ fn a_strict_scatter_read_across_a_split_stays_registered() {
         flight.drive(0, None).unwrap();
     }
     assert_eq!(flight.take().map(|completion| (completion.status, completion.bytes)), Some((0, 200)));
+}
+
+/// A block that was read short, before the bytes that were wanted of it, was taken for the end of the file.
+#[test]
+fn a_short_block_is_not_the_end_of_the_file() {
+    let tail = AtomicU64::new(0);
+    let mut flight = Flight::new(Manual::default(), TailWord::from(&tail), memory(), OPTIONS);
+    let file = FileRef::simulated(0, Some(DirectAlignment { memory: 4096, offset: 4096 }));
+    submit(&mut flight, &file, 3000, &memory(), &[(0, 100)]);
+    flight.queue.complete(0, 512);
+    flight.drive(0, None).unwrap();
+    flight.queue.complete(0, 4096);
+    flight.drive(0, None).unwrap();
+    let completion = flight.take().unwrap();
+    assert_eq!((completion.status, completion.bytes), (0, 100));
+}
+
+/// EAGAIN is retried a bounded number of times, each after twice the wait of the one before.
+#[test]
+fn retries_are_bounded_and_back_off() {
+    let tail = AtomicU64::new(0);
+    let options = FlightOptions { backoff: Duration::from_millis(1), max_retries: 3, ..OPTIONS };
+    let mut flight = Flight::new(Manual::default(), TailWord::from(&tail), memory(), options);
+    submit(&mut flight, &FileRef::simulated(0, None), 0, &memory(), &[(0, 100)]);
+    for wait in [1, 2, 4] {
+        flight.queue.complete(0, -libc::EAGAIN);
+        flight.drive(0, None).unwrap();
+        flight.queue.clock += Duration::from_micros(wait * 1000 - 1);
+        flight.drive(0, None).unwrap();
+        assert!(flight.queue.held.is_empty(), "retried before {wait} ms were over");
+        flight.queue.clock += Duration::from_micros(1);
+        flight.drive(0, None).unwrap();
+        assert_eq!(flight.queue.held.len(), 1);
+    }
+    flight.queue.complete(0, -libc::EAGAIN);
+    flight.drive(0, None).unwrap();
+    assert_eq!((flight.take().unwrap().status, flight.stats().retries), (-libc::EAGAIN, 3));
+}
+
+/// An absurd back-off overflowed.
+#[test]
+fn a_back_off_without_end_is_no_panic() {
+    let tail = AtomicU64::new(0);
+    let options = FlightOptions { backoff: Duration::MAX, ..OPTIONS };
+    let mut flight = Flight::new(Manual::default(), TailWord::from(&tail), memory(), options);
+    let sequence = submit(&mut flight, &FileRef::simulated(0, None), 0, &memory(), &[(0, 100)]);
+    flight.queue.complete(0, -libc::EAGAIN);
+    flight.drive(0, None).unwrap();
+    flight.cancel(sequence).unwrap();
+    assert_eq!(flight.take().unwrap().status, -libc::ECANCELED);
+}
+
+/// Each read in line that was refused the bounce slot handed it to the next by a call deeper.
+#[test]
+fn a_long_line_for_the_bounce_buffer_is_no_recursion() {
+    let tail = AtomicU64::new(0);
+    let options = FlightOptions { strict: true, depth: 65_536, window: 65_536, ..OPTIONS };
+    let mut flight = Flight::new(Manual::default(), TailWord::from(&tail), memory(), options);
+    let registered = MappedBuffer::<u8>::alloc(1 << 16).unwrap();
+    let registered = Target::Registered(BufferEntry::simulated(&GpuMappedBuffer::from(registered), 5));
+    submit(&mut flight, &direct_file(), 1, &memory(), &[(0, 100)]);
+    for _ in 0..60_000 {
+        submit(&mut flight, &direct_file(), 1025, &registered, &[(0, 100)]);
+    }
+    flight.queue.complete(0, 512);
+    flight.drive(0, None).unwrap();
+    assert_eq!(flight.ready(), 60_001);
+}
+
+/// A cancellation that the kernel did not heed was never repeated.
+#[test]
+fn a_cancellation_is_repeated_until_it_is_heeded() {
+    let tail = AtomicU64::new(0);
+    let mut flight = Flight::new(Manual::default(), TailWord::from(&tail), memory(), OPTIONS);
+    let sequence = submit(&mut flight, &FileRef::simulated(0, None), 0, &memory(), &[(0, 100)]);
+    flight.cancel(sequence).unwrap();
+    for asked in 2..6 {
+        flight.queue.clock += Duration::from_secs(1);
+        flight.drive(0, None).unwrap();
+        assert_eq!(flight.queue.cancels.len(), asked);
+    }
+    flight.queue.complete(0, -libc::ECANCELED);
+    flight.drive(0, None).unwrap();
+    flight.queue.clock += Duration::from_secs(9);
+    flight.drive(0, None).unwrap();
+    assert_eq!((flight.queue.cancels.len(), flight.take().unwrap().status), (5, -libc::ECANCELED));
 }

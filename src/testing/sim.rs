@@ -951,6 +951,7 @@ fn twin(op: &Op) -> Op {
         remaining: op.remaining,
         command: Command::Direct { len, slot },
         retries: op.retries,
+        looks: op.looks,
         direct: op.direct,
     }
 }

@@ -238,6 +238,7 @@ impl FileRef {
     }
 }
 
+/// A number, not a promise: should the descriptor be closed meanwhile, the read fails or reads what took its place.
 impl From<RawFd> for FileRef {
     fn from(fd: RawFd) -> Self {
         Self(Source::Fd(fd))

@@ -17,7 +17,7 @@ pub use file::{DirectAlignment, DirectMode, FileRef, InputFile};
 pub use flight::{Completion, ReadPath, StreamStats};
 pub use queue::{LeakStats, leak_stats};
 pub use registry::SharedBuffers;
-pub use ring::{IoUringState, RingFeatures, RingOptions, SqPoll};
+pub use ring::{IoUringState, RingFeatures, RingOptions, RingRegistrations, SqPoll};
 pub use stream::{AsyncUringStream, CloseReport, MovableStream, StreamOptions};
 pub use tail::{TailLine, TailWord};
 

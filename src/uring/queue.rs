@@ -100,6 +100,8 @@ pub(crate) struct Op {
     pub(crate) command: Command,
     /// EINTR or EAGAIN since the last progress.
     pub(crate) retries: u8,
+    /// Reads that ended inside a block, before the bytes that are wanted of it, since the last progress.
+    pub(crate) looks: u8,
     /// O_DIRECT alignment, learned late for raw descriptors.
     pub(crate) direct: Option<super::file::DirectAlignment>,
 }
@@ -130,6 +132,10 @@ pub(crate) trait Queue {
     fn reap(&mut self) -> Option<Reaped>;
     /// Commands, cancellations included, that the kernel has and has not completed.
     fn in_kernel(&self) -> usize;
+    /// System calls made to submit or wait.
+    fn enters(&self) -> u64 {
+        0
+    }
     /// Monotonic time.
     fn now(&self) -> Duration;
     /// Lets time pass.
@@ -193,6 +199,8 @@ pub(crate) struct KernelQueue {
     slots: Vec<Slot>,
     free: Vec<u32>,
     cancels: usize,
+    /// System calls of the ring before it was taken over.
+    enters_before: u64,
     epoch: Instant,
     register: bool,
 }
@@ -205,6 +213,7 @@ impl KernelQueue {
         let room = ring.features().cq_entries as usize;
         let commands = room - (room / 8).min(64);
         Self {
+            enters_before: ring.ring.enters(),
             ring: ManuallyDrop::new(ring),
             slots: std::iter::repeat_with(Slot::default).take(commands).collect(),
             free: (0..commands as u32).rev().collect(),
@@ -326,6 +335,9 @@ impl Queue for KernelQueue {
     }
 
     fn enter(&mut self, wait: u32, timeout: Option<Duration>) -> Result<(), Errno> {
+        // The kernel polls an IOPOLL ring until it has what was asked for, whatever the timeout says: with a timeout,
+        // ask for what is there, and poll from here.
+        let wait = if timeout.is_some() && self.ring.features().iopoll { 0 } else { wait };
         self.ring.ring.enter(wait, timeout)
     }
 
@@ -350,6 +362,10 @@ impl Queue for KernelQueue {
 
     fn in_kernel(&self) -> usize {
         self.reads() + self.cancels
+    }
+
+    fn enters(&self) -> u64 {
+        self.ring.ring.enters() - self.enters_before
     }
 
     #[inline]

@@ -8,7 +8,6 @@ use crate::sys::uring::{Ring, SetupParams, setup};
 use crate::sys::{Errno, file};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Most bytes the kernel takes in one registered buffer (`io_uring/rsrc.c`, io_buffer_validate: SZ_1G).
 pub(crate) const SPLIT: usize = 1 << 30;
@@ -92,14 +91,12 @@ pub(super) struct BufferTable {
     logical: Option<Vec<Option<Arc<BufferEntry>>>>,
     /// Entries no longer reachable that unfinished reads may still use.
     retired: Vec<Arc<BufferEntry>>,
-    /// Counts changes, for `SharedBuffers`.
-    version: Arc<AtomicU64>,
 }
 
 impl BufferTable {
     pub(super) fn new(ring: &Ring, slots: u32) -> Self {
         let sparse = ring.registered_call(|submitter| submitter.register_buffers_sparse(slots)).is_ok();
-        Self { sparse, used: vec![false; slots as usize], logical: None, retired: Vec::new(), version: Arc::default() }
+        Self { sparse, used: vec![false; slots as usize], logical: None, retired: Vec::new() }
     }
 
     pub(super) fn is_sparse(&self) -> bool {
@@ -174,7 +171,6 @@ impl BufferTable {
         unsafe { ring.register_buffers(&ranges) }
             .map_err(|errno| register_error("io_uring_register(BUFFERS)", errno))?;
         self.used[..ranges.len()].fill(true);
-        self.changed();
         Ok(entries)
     }
 
@@ -227,7 +223,6 @@ impl BufferTable {
             return Err(register_error("io_uring_register(UNREGISTER_BUFFERS)", errno));
         }
         self.used.fill(false);
-        self.changed();
         Ok(())
     }
 
@@ -250,7 +245,6 @@ impl BufferTable {
             }
             self.used[first + index] = true;
         }
-        self.changed();
         Ok(entry)
     }
 
@@ -271,24 +265,35 @@ impl BufferTable {
 
     /// Clears what unfinished reads no longer use.
     pub(super) fn sweep(&mut self, ring: &Ring) {
+        if !self.sparse {
+            return self.sweep_whole(ring);
+        }
         let mut index = 0;
         while index < self.retired.len() {
-            // Without updates the whole table goes at once, in `unregister` or with the ring.
-            if self.sparse && Arc::strong_count(&self.retired[index]) == 1 {
+            if Arc::strong_count(&self.retired[index]) == 1 {
                 let entry = self.retired.swap_remove(index);
                 self.clear(ring, usize::from(entry.first), entry.slots());
-                self.changed();
             } else {
                 index += 1;
             }
         }
     }
 
+    /// Before Linux 5.19 a table goes as a whole, once nothing uses any of it.
+    fn sweep_whole(&mut self, ring: &Ring) {
+        let unused = self.retired.iter().all(|entry| Arc::strong_count(entry) == 1);
+        if self.retired.is_empty() || self.logical.is_some() || !unused {
+            return;
+        }
+        if ring.registered_call(|submitter| submitter.unregister_buffers()).is_ok() {
+            self.retired.clear();
+            self.used.fill(false);
+        }
+    }
+
     fn clear(&mut self, ring: &Ring, first: usize, count: usize) {
-        let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         for slot in first..first + count {
-            // SAFETY: an empty range refers to no memory.
-            match unsafe { ring.update_buffers(slot as u32, &[empty]) } {
+            match empty_slot(ring, slot) {
                 Ok(()) => self.used[slot] = false,
                 // The entry stays taken and its pages pinned until the ring is closed; nothing can be read into it.
                 Err(errno) => tracing::warn!(target: "ringest::ring", slot, errno, "buffer entry could not be cleared"),
@@ -311,13 +316,13 @@ impl BufferTable {
         let Some(table) = &self.logical else {
             return Err(PipelineError::invalid("sharing buffers", "none are registered"));
         };
-        Ok(SharedBuffers {
-            fd: hub(ring)?,
-            table: table.clone(),
-            used: self.used.clone(),
-            version: Arc::clone(&self.version),
-            seen: self.version.load(Ordering::Acquire),
-        })
+        let mut used = vec![false; self.used.len()];
+        for entry in table.iter().flatten() {
+            used[usize::from(entry.first)..][..entry.slots()].fill(true);
+        }
+        // What the ring has besides the caller's table (a stream's own memory) is not for others.
+        let strays = (0..used.len()).filter(|&slot| self.used[slot] && !used[slot]);
+        Ok(SharedBuffers { fd: hub(ring, strays)?, table: table.clone(), used })
     }
 
     pub(super) fn clone_from_shared(&mut self, ring: &Ring, shared: &SharedBuffers) -> Result<()> {
@@ -328,15 +333,6 @@ impl BufferTable {
                 "clone into a ring without registered buffers",
             ));
         }
-        let stale = || {
-            PipelineError::busy(
-                "the other ring's buffer table",
-                "it changed since share_buffers was called: share again",
-            )
-        };
-        if shared.version.load(Ordering::Acquire) != shared.seen {
-            return Err(stale());
-        }
         if self.sparse {
             // Cloning fills a ring without a table; ours is empty, so nothing is lost.
             ring.registered_call(|submitter| submitter.unregister_buffers())
@@ -344,22 +340,15 @@ impl BufferTable {
         }
         let source = shared.fd.as_raw_fd();
         let cloned = ring.registered_call(|submitter| submitter.register_buffers_clone(source));
-        let unchanged = shared.version.load(Ordering::Acquire) == shared.seen;
-        if cloned.is_ok() && unchanged {
-            self.used.clone_from(&shared.used);
-            self.logical = Some(shared.table.iter().map(|entry| entry.as_deref().map(BufferEntry::twin)).collect());
-            self.changed();
-            return Ok(());
+        if let Err(errno) = cloned {
+            let slots = self.used.len() as u32;
+            self.sparse =
+                self.sparse && ring.registered_call(|submitter| submitter.register_buffers_sparse(slots)).is_ok();
+            return Err(clone_error(errno));
         }
-        if cloned.is_ok() {
-            let _ = ring.registered_call(|submitter| submitter.unregister_buffers());
-        }
-        let slots = self.used.len() as u32;
-        self.sparse = self.sparse && ring.registered_call(|submitter| submitter.register_buffers_sparse(slots)).is_ok();
-        match cloned {
-            Ok(()) => Err(stale()),
-            Err(errno) => Err(clone_error(errno)),
-        }
+        self.used.clone_from(&shared.used);
+        self.logical = Some(shared.table.iter().map(|entry| entry.as_deref().map(BufferEntry::twin)).collect());
+        Ok(())
     }
 
     fn require_unregistered(&self) -> Result<()> {
@@ -378,10 +367,6 @@ impl BufferTable {
             fix: format!("raise RingOptions::buffer_slots ({} now, one per started GiB)", self.used.len()).into(),
         }
     }
-
-    fn changed(&self) {
-        self.version.fetch_add(1, Ordering::AcqRel);
-    }
 }
 
 impl BufferEntry {
@@ -392,9 +377,16 @@ impl BufferEntry {
     }
 }
 
+/// Empties an entry of a ring's buffer table.
+fn empty_slot(ring: &Ring, slot: usize) -> std::result::Result<(), Errno> {
+    let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+    // SAFETY: an empty range refers to no memory.
+    unsafe { ring.update_buffers(slot as u32, &[empty]) }
+}
+
 /// A ring that only holds clones of this one's registrations. The kernel lets no other thread clone from a
 /// SINGLE_ISSUER ring (`io_register_clone_buffers`: EEXIST), but from one without an issuer any thread may.
-fn hub(ring: &Ring) -> Result<OwnedFd> {
+fn hub(ring: &Ring, strays: impl Iterator<Item = usize>) -> Result<OwnedFd> {
     let params =
         SetupParams { entries: 1, cq_entries: 1, flags: setup::CQSIZE, sq_thread_idle_ms: 0, sq_thread_cpu: 0 };
     let hub = Ring::setup(params).map_err(|errno| PipelineError::IoUringSyscall {
@@ -404,6 +396,9 @@ fn hub(ring: &Ring) -> Result<OwnedFd> {
     })?;
     let source = ring.fd();
     hub.registered_call(|submitter| submitter.register_buffers_clone(source)).map_err(clone_error)?;
+    for slot in strays {
+        empty_slot(&hub, slot).map_err(|errno| register_error("io_uring_register(BUFFERS_UPDATE)", errno))?;
+    }
     file::duplicate(hub.fd()).map_err(|errno| PipelineError::Syscall {
         call: "fcntl",
         what: "F_DUPFD_CLOEXEC of a ring".to_owned(),
@@ -477,8 +472,6 @@ pub struct SharedBuffers {
     fd: OwnedFd,
     table: Vec<Option<Arc<BufferEntry>>>,
     used: Vec<bool>,
-    version: Arc<AtomicU64>,
-    seen: u64,
 }
 
 /// One registered file.

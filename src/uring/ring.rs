@@ -31,7 +31,7 @@ pub struct RingOptions {
     pub sqpoll: Option<SqPoll>,
     /// Completions are polled for (O_DIRECT on devices with poll queues).
     pub iopoll: bool,
-    /// Leaves out SINGLE_ISSUER and DEFER_TASKRUN, so that a stream over the ring can move to another thread
+    /// Leaves out SINGLE_ISSUER and the task-work flags, so that a stream over the ring can move to another thread
     /// ([`AsyncUringStream::into_movable`](super::AsyncUringStream::into_movable)). The kernel still cancels what a
     /// thread submitted when that thread exits.
     pub movable: bool,
@@ -239,7 +239,7 @@ impl IoUringState {
     /// # Errors
     /// `EBUSY` when buffers are registered already, `EINVAL` for none, `ENOMEM` over RLIMIT_MEMLOCK, `EFAULT` for
     /// file-backed, read-only or device memory, `EAGAIN` when the table is too small. On failure nothing is registered.
-    pub fn register_buffers(&mut self, buffers: &[&GpuMappedBuffer<'_>]) -> Result<()> {
+    pub fn register_buffers(&mut self, buffers: &[&GpuMappedBuffer<'static>]) -> Result<()> {
         self.check_thread()?;
         self.buffers.register(&self.ring, buffers)
     }
@@ -260,7 +260,7 @@ impl IoUringState {
     /// # Errors
     /// `ERANGE` for an index beyond the table, `EOPNOTSUPP` before Linux 5.19, and those of
     /// [`register_buffers`](Self::register_buffers). On failure the old buffer stays.
-    pub fn update_buffer(&mut self, index: u32, buffer: Option<&GpuMappedBuffer<'_>>) -> Result<()> {
+    pub fn update_buffer(&mut self, index: u32, buffer: Option<&GpuMappedBuffer<'static>>) -> Result<()> {
         self.check_thread()?;
         self.buffers.update(&self.ring, index, buffer)
     }
@@ -294,8 +294,7 @@ impl IoUringState {
     /// indices. The pages are pinned, and charged to RLIMIT_MEMLOCK, once.
     ///
     /// # Errors
-    /// `EBUSY` when this ring has buffers, or when the other ring's changed since the handle was made;
-    /// `EOPNOTSUPP` on older kernels.
+    /// `EBUSY` when this ring has buffers; `EOPNOTSUPP` on older kernels.
     pub fn clone_buffers(&mut self, shared: &SharedBuffers) -> Result<()> {
         self.check_thread()?;
         self.buffers.clone_from_shared(&self.ring, shared)
@@ -347,6 +346,48 @@ impl IoUringState {
     }
 }
 
+/// Registrations of a ring that a stream has taken over ([`AsyncUringStream::ring_mut`](super::AsyncUringStream)).
+///
+/// The ring itself stays where it is: its completions are the stream's alone.
+#[derive(Debug)]
+pub struct RingRegistrations<'r>(&'r mut IoUringState);
+
+impl<'r> RingRegistrations<'r> {
+    pub(crate) fn new(ring: &'r mut IoUringState) -> Self {
+        Self(ring)
+    }
+}
+
+impl std::ops::Deref for RingRegistrations<'_> {
+    type Target = IoUringState;
+    fn deref(&self) -> &IoUringState {
+        self.0
+    }
+}
+
+macro_rules! forward {
+    ($($name:ident($($argument:ident: $kind:ty),*);)*) => {
+        impl RingRegistrations<'_> { $(
+            #[doc = concat!("As [`IoUringState::", stringify!($name), "`].\n\n# Errors\nThe same.")]
+            pub fn $name(&mut self, $($argument: $kind),*) -> Result<()> {
+                self.0.$name($($argument),*)
+            }
+        )* }
+    };
+}
+
+forward! {
+    register_buffers(buffers: &[&GpuMappedBuffer<'static>]);
+    register_buffers_sparse(count: u32);
+    update_buffer(index: u32, buffer: Option<&GpuMappedBuffer<'static>>);
+    unregister_buffers();
+    clone_buffers(shared: &SharedBuffers);
+    register_files(fds: &[RawFd]);
+    register_files_sparse(count: u32);
+    update_file(index: u32, fd: Option<RawFd>);
+    unregister_files();
+}
+
 impl Drop for IoUringState {
     fn drop(&mut self) {
         if !self.owner.is_current() {
@@ -393,8 +434,8 @@ fn ladder(params: &SetupParams, movable: bool) -> Vec<u32> {
     let steps: &[u32] = match (sqpoll, movable) {
         // SQPOLL completes in the kernel thread: EINVAL together with the *_TASKRUN flags.
         (true, false) => &[setup::SUBMIT_ALL | setup::SINGLE_ISSUER, setup::SUBMIT_ALL],
-        (true, true) => &[setup::SUBMIT_ALL],
-        (false, true) => &[setup::SUBMIT_ALL | cooperative, setup::SUBMIT_ALL],
+        // Task work that waits for the submitting thread to enter the kernel would wait for one that has moved on.
+        (_, true) => &[setup::SUBMIT_ALL],
         (false, false) => &[
             setup::SUBMIT_ALL | setup::SINGLE_ISSUER | setup::DEFER_TASKRUN | setup::TASKRUN_FLAG,
             setup::SUBMIT_ALL | setup::SINGLE_ISSUER | cooperative,
@@ -481,7 +522,7 @@ mod tests {
                 let steps = ladder(&params, movable);
                 assert_eq!(steps.last(), Some(&0));
                 assert!(sqpoll.is_none() || steps.iter().all(|flags| flags & taskrun == 0));
-                assert!(!movable || steps.iter().all(|flags| flags & setup::SINGLE_ISSUER == 0));
+                assert!(!movable || steps.iter().all(|flags| flags & (setup::SINGLE_ISSUER | taskrun) == 0));
             }
         }
     }

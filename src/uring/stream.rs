@@ -3,7 +3,7 @@
 use super::file::FileRef;
 use super::flight::{Completion, Flight, FlightOptions, MAX_SEGMENTS, Request, Segment, StreamStats};
 use super::queue::{KernelQueue, Target};
-use super::ring::IoUringState;
+use super::ring::{IoUringState, RingRegistrations};
 use super::tail::TailWord;
 use crate::error::{PipelineError, Result};
 use crate::memory::GpuMappedBuffer;
@@ -84,6 +84,8 @@ pub struct AsyncUringStream<'a> {
     buffer: GpuMappedBuffer<'a>,
     /// The registration of the flight's home is the stream's own, not one the caller made with the ring.
     attached: bool,
+    /// Why the buffer is not registered, where that was wanted.
+    refusal: Option<PipelineError>,
     options: StreamOptions,
     /// A system call's error that had to wait because completions came with it.
     deferred: Option<PipelineError>,
@@ -142,11 +144,12 @@ impl<'a> AsyncUringStream<'a> {
             Err(error) => return Err((Box::new(ring), error)),
         };
         match bind(&mut ring, &buffer, &options) {
-            Ok((target, attached)) => {
+            Ok(Bound { target, attached, refusal }) => {
                 let queue = KernelQueue::new(ring, !options.unregistered);
                 let flight = Some(Flight::new(queue, tail, target, flight_options));
                 let segments = Vec::new();
-                Ok(Self { flight, buffer, attached, options, deferred: None, finished: false, segments })
+                let (deferred, finished) = (None, false);
+                Ok(Self { flight, buffer, attached, refusal, options, deferred, finished, segments })
             }
             Err(error) => Err((Box::new(ring), error)),
         }
@@ -289,6 +292,7 @@ impl<'a> AsyncUringStream<'a> {
         chunk_idx: usize,
         len: usize,
     ) -> Result<u64> {
+        self.flight_mut()?;
         let size = self.ring().buffers.get(buffer_index)?.len();
         let offset = slot_offset(chunk_idx, len, size)?;
         let user_data = self.flight().submitted();
@@ -308,6 +312,7 @@ impl<'a> AsyncUringStream<'a> {
         len: usize,
         user_data: u64,
     ) -> Result<u64> {
+        self.flight_mut()?;
         let entry = Arc::clone(self.ring().buffers.get(buffer_index)?);
         let what = "read target in a registered buffer";
         PipelineError::check_range(what, buffer_offset as u64, len as u64, entry.len() as u64)?;
@@ -366,6 +371,7 @@ impl<'a> AsyncUringStream<'a> {
         buffer_offset: usize,
         user_data: u64,
     ) -> Result<u64> {
+        self.flight_mut()?;
         let len: u64 = segments.iter().map(|&(_, len)| len as u64).sum();
         PipelineError::check_range("file offset", file_offset, len, i64::MAX as u64)?;
         if self.finished {
@@ -527,8 +533,9 @@ impl<'a> AsyncUringStream<'a> {
     /// As [`with_options`](Self::with_options); on failure the old buffer stays.
     pub fn replace_buffer(&mut self, buffer: GpuMappedBuffer<'a>) -> Result<GpuMappedBuffer<'a>> {
         let options = self.options;
-        let (target, attached) = bind(self.flight_mut()?.queue.ring_mut(), &buffer, &options)?;
+        let Bound { target, attached, refusal } = bind(self.flight_mut()?.queue.ring_mut(), &buffer, &options)?;
         let was_attached = std::mem::replace(&mut self.attached, attached);
+        self.refusal = refusal;
         let flight = self.flight_mut()?;
         if let (Target::Registered(entry), true) = (flight.set_home(target), was_attached) {
             flight.queue.retire(entry);
@@ -548,18 +555,24 @@ impl<'a> AsyncUringStream<'a> {
         matches!(self.flight().home(), Target::Registered(_))
     }
 
+    /// Why the buffer is not registered, when registration was wanted and refused (RLIMIT_MEMLOCK, a full table, …).
+    #[must_use]
+    pub fn registration_refusal(&self) -> Option<&PipelineError> {
+        self.refusal.as_ref()
+    }
+
     /// The ring.
     #[must_use]
     pub fn ring(&self) -> &IoUringState {
         self.flight().queue.ring()
     }
 
-    /// The ring, for registrations.
+    /// The ring's registrations.
     ///
     /// # Errors
     /// `EPERM` on another thread.
-    pub fn ring_mut(&mut self) -> Result<&mut IoUringState> {
-        Ok(self.flight_mut()?.queue.ring_mut())
+    pub fn ring_mut(&mut self) -> Result<RingRegistrations<'_>> {
+        Ok(RingRegistrations::new(self.flight_mut()?.queue.ring_mut()))
     }
 
     /// Submissions that have not ended.
@@ -592,7 +605,8 @@ impl<'a> AsyncUringStream<'a> {
         self.flight().stats()
     }
 
-    /// Bytes of bookkeeping the stream holds, without the buffer, the bounce buffer and the kernel's memory.
+    /// Bytes of bookkeeping the stream holds, without the buffer, the bounce buffer and the kernel's memory: at most 64 KiB
+    /// at depth 64, plus 32 bytes for each range of the scatter reads in its window.
     #[must_use]
     pub fn footprint(&self) -> usize {
         let scratch = self.segments.capacity() * size_of::<Segment>();
@@ -745,6 +759,12 @@ fn slot_offset(chunk_idx: usize, len: usize, size: usize) -> Result<usize> {
 }
 
 fn resolve(options: &StreamOptions, entries: u32) -> Result<FlightOptions> {
+    if options.strict && options.unregistered {
+        return Err(PipelineError::invalid(
+            "strict and unregistered",
+            "strict reads need the registration: choose one",
+        ));
+    }
     let depth = if options.depth == 0 { entries } else { options.depth };
     if depth > 65_536 {
         return Err(PipelineError::invalid(format!("depth {depth}"), "use at most 65536"));
@@ -767,22 +787,30 @@ fn resolve(options: &StreamOptions, entries: u32) -> Result<FlightOptions> {
     })
 }
 
-/// The target that reads into a buffer use, and whether its registration was made here.
-fn bind(ring: &mut IoUringState, buffer: &GpuMappedBuffer<'_>, options: &StreamOptions) -> Result<(Target, bool)> {
-    let plain = || (Target::Plain(Arc::clone(buffer.region())), false);
+/// Where reads into a buffer go.
+struct Bound {
+    target: Target,
+    /// Its registration was made here.
+    attached: bool,
+    /// Why there is none.
+    refusal: Option<PipelineError>,
+}
+
+fn bind(ring: &mut IoUringState, buffer: &GpuMappedBuffer<'_>, options: &StreamOptions) -> Result<Bound> {
+    let plain = |refusal| Bound { target: Target::Plain(Arc::clone(buffer.region())), attached: false, refusal };
     if options.unregistered {
-        return Ok(plain());
+        return Ok(plain(None));
     }
     let IoUringState { ring, buffers, .. } = ring;
     if let Some(entry) = buffers.find(buffer) {
-        return Ok((Target::Registered(entry), false));
+        return Ok(Bound { target: Target::Registered(entry), attached: false, refusal: None });
     }
     match buffers.attach(ring, buffer) {
-        Ok(entry) => Ok((Target::Registered(entry), true)),
+        Ok(entry) => Ok(Bound { target: Target::Registered(entry), attached: true, refusal: None }),
         Err(error) if options.strict => Err(error),
         Err(error) => {
             tracing::info!(target: "ringest::stream", %error, "buffer not registered, reads go unregistered");
-            Ok(plain())
+            Ok(plain(Some(error)))
         }
     }
 }

@@ -96,6 +96,11 @@ impl From<TailLine> for TailWord<'_> {
 }
 
 impl TailWord<'_> {
+    /// Whether consumers can be told of failure.
+    pub(super) fn tells_of_failure(&self) -> bool {
+        matches!(self, Self::Line(_))
+    }
+
     /// Starts over: nothing submitted, nothing bad.
     pub(super) fn open(&self) {
         match self {

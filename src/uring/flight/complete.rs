@@ -6,6 +6,9 @@ use super::record::{Completion, ReadPath, State};
 use super::{Flight, NO_COMMAND, Segment};
 use crate::sys::Errno;
 
+/// How often blocks that end too early are read again before that counts as the end of the file.
+const LOOKS: u8 = 3;
+
 impl<Q: Queue> Flight<'_, Q> {
     /// What a completion of the op's command means.
     #[inline]
@@ -27,11 +30,18 @@ impl<Q: Queue> Flight<'_, Q> {
             return self.refused(op, -landed);
         }
         if landed == 0 {
+            // Blocks that end before the bytes the op wants: the file ends there, or the read was short. Looked at
+            // again, the end of a file stays where it is.
+            if result > 0 && op.looks < LOOKS {
+                op.looks += 1;
+                self.stats.short_reads += 1;
+                return self.proceed(op);
+            }
             return self.end_op(op, libc::ENODATA);
         }
         let landed = (landed as usize).min(asked);
         self.landed(&op, landed as u64, path);
-        op.retries = 0;
+        (op.retries, op.looks) = (0, 0);
         op.file_offset += landed as u64;
         op.remaining -= landed;
         if landed < asked {
@@ -136,10 +146,10 @@ impl<Q: Queue> Flight<'_, Q> {
         }
         match errno {
             libc::EINTR | libc::EAGAIN if op.retries < self.options.max_retries => {
-                let wait = self.options.backoff * (1 << op.retries.min(10));
+                let wait = self.options.backoff.saturating_mul(1 << op.retries.min(10));
                 op.retries += 1;
                 self.stats.retries += 1;
-                self.sleeping.push((self.queue.now() + wait, op));
+                self.sleeping.push((self.queue.now().saturating_add(wait), op));
             }
             libc::EINVAL if op.direct.is_none() => match op.file.unknown_fd().map(direct_alignment) {
                 // The caller's descriptor is O_DIRECT and the read is not aligned for it: go by its rules.
@@ -200,7 +210,9 @@ impl<Q: Queue> Flight<'_, Q> {
                 self.stats.failed += 1;
                 self.stats.end_of_file += u64::from(errno == libc::ENODATA);
                 self.stats.cancelled += u64::from(errno == libc::ECANCELED);
-                self.publish_bad();
+                if self.tail_word.tells_of_failure() {
+                    self.note_failure(sequence, errno);
+                }
             }
         }
         self.advance();
@@ -225,10 +237,25 @@ impl<Q: Queue> Flight<'_, Q> {
         }
     }
 
-    pub(super) fn publish_bad(&mut self) {
-        let failed = (self.floor..self.next).find(|&sequence| self.failed_at(sequence));
-        let failed = failed.map(|sequence| (sequence, self.record(sequence).errno));
-        self.tail_word.publish_bad(failed.into_iter().chain(self.skipped).min());
+    /// A submission has failed: consumers learn of the lowest.
+    pub(super) fn note_failure(&mut self, sequence: u64, errno: Errno) {
+        if self.failed.is_none_or(|(lowest, _)| sequence < lowest) {
+            self.failed = Some((sequence, errno));
+            self.publish_bad();
+        }
+    }
+
+    /// A submission is failed no longer: resubmitted or skipped.
+    pub(super) fn note_change(&mut self, sequence: u64) {
+        if self.failed.is_some_and(|(lowest, _)| lowest == sequence) {
+            let next = (sequence + 1..self.next).find(|&sequence| self.failed_at(sequence));
+            self.failed = next.map(|sequence| (sequence, self.record(sequence).errno));
+        }
+        self.publish_bad();
+    }
+
+    fn publish_bad(&self) {
+        self.tail_word.publish_bad(self.failed.into_iter().chain(self.skipped).min());
     }
 
     /// Takes the completion of the submission that ended first.

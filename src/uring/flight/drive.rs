@@ -67,7 +67,6 @@ impl<Q: Queue> Flight<'_, Q> {
     }
 
     pub(super) fn enter(&mut self, wait: u32, timeout: Option<Duration>) -> Result<()> {
-        self.stats.enters += 1;
         self.queue.enter(wait, timeout).map_err(|errno| enter_error(errno, self.flying))
     }
 
@@ -193,6 +192,10 @@ impl<Q: Queue> Flight<'_, Q> {
     pub(crate) fn shut(&mut self, limit: Duration) -> bool {
         let deadline = self.queue.now().saturating_add(limit);
         self.cancel_all();
+        // However short the time, what has completed is found.
+        let _ = self.enter(0, None);
+        self.reap_all();
+        self.drop_waiting(|_| true);
         // Errors of the system call do not end the wait: memory is at stake. Want of resources passes; a ring that errs
         // otherwise is tried a number of times.
         let mut errors = 0;

@@ -106,10 +106,11 @@ impl<Q: Queue> Flight<'_, Q> {
                 remaining: 0,
                 command: NO_COMMAND,
                 retries: 0,
+                looks: 0,
                 direct: None,
             })
         });
-        op.retries = 0;
+        (op.retries, op.looks) = (0, 0);
         if let Some(target) = target
             && !target.is(&op.target)
         {
@@ -211,7 +212,10 @@ impl<Q: Queue> Flight<'_, Q> {
                 };
                 let leaves_path = slot.registration().is_none() && op.target.slot(op.target_offset).is_some();
                 if self.options.strict && leaves_path {
-                    self.give_bounce_slot(slot);
+                    // Straight back: nobody can be in line for a slot that was free.
+                    if let Some(bounce) = &mut self.bounce {
+                        bounce.free.push(slot.index);
+                    }
                     return self.end_op(op, libc::ENOMEM);
                 }
                 Command::Bounce { file_offset, len: len as u32, skip: skip as u32, want: want as u32, slot }

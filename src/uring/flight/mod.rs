@@ -83,6 +83,8 @@ pub(crate) struct Flight<'a, Q> {
     next: u64,
     /// Records in state Flying.
     flying: u32,
+    /// Lowest failed sequence, for a tail that tells of it.
+    failed: Option<(u64, Errno)>,
     /// Lowest skipped sequence.
     skipped: Option<(u64, Errno)>,
     /// Sequences that ended and whose completion was not taken.
@@ -120,6 +122,7 @@ impl<'a, Q: Queue> Flight<'a, Q> {
             tail: 0,
             next: 0,
             flying: 0,
+            failed: None,
             skipped: None,
             finished: VecDeque::with_capacity(options.window as usize),
             pending: VecDeque::new(),
@@ -154,7 +157,7 @@ impl<'a, Q: Queue> Flight<'a, Q> {
     }
 
     pub(crate) fn stats(&self) -> StreamStats {
-        self.stats
+        StreamStats { enters: self.queue.enters(), ..self.stats }
     }
 
     pub(crate) fn options(&self) -> &FlightOptions {
@@ -239,8 +242,9 @@ impl<'a, Q: Queue> Flight<'a, Q> {
             unreachable!("a failed submission keeps what it was");
         };
         let (file, target) = *retry;
+        // Before it can fail again.
+        self.note_change(sequence);
         self.launch(sequence, file, Some(&target));
-        self.publish_bad();
         Ok(())
     }
 
@@ -255,7 +259,7 @@ impl<'a, Q: Queue> Flight<'a, Q> {
             self.skipped = Some(bad);
         }
         self.stats.skipped += 1;
-        self.publish_bad();
+        self.note_change(sequence);
         self.advance();
         Ok(())
     }
