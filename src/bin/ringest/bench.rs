@@ -209,7 +209,7 @@ impl Results<'_> {
         writeln!(out, "{}: {pattern} reads of {}, depth {}", args.file.display(), size(args.block), args.depth)?;
         writeln!(out, "{} per run; page cache: {}", size(bytes), self.cache())?;
         if self.runs.iter().any(|run| !run.registered) {
-            writeln!(out, "the buffer is not registered (RLIMIT_MEMLOCK, see ulimit -l): reads went plain")?;
+            writeln!(out, "not all reads went to registered memory (RLIMIT_MEMLOCK, perhaps: see ulimit -l)")?;
         }
         writeln!(
             out,

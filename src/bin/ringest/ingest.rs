@@ -155,10 +155,10 @@ fn transfer(plan: &[Planned<'_>], how: &How) -> Outcome<Summary> {
     let mut ring = IoUringState::new(ring_options(how))?;
     let features = ring.features();
     // As many entries as slots: see `Producer::open`.
-    let files_registered = ring.register_files_sparse(slots as u32).is_ok();
+    let files_refusal = ring.register_files_sparse(slots as u32).err();
     let options = StreamOptions { depth: how.depth, ..StreamOptions::default() };
     let stream = AsyncUringStream::with_options(ring, memory.share(), line.clone(), options)?;
-    let buffer_registered = stream.is_registered();
+    let buffer_refusal = stream.registration_refusal().cloned();
 
     let acknowledged = Acknowledged::default();
     let lens: Vec<u64> = plan.iter().map(|file| file.len).collect();
@@ -179,7 +179,7 @@ fn transfer(plan: &[Planned<'_>], how: &How) -> Outcome<Summary> {
             chunk: how.chunk,
             slots: slots as u64,
             mode: how.direct.into(),
-            files_registered,
+            files_registered: files_refusal.is_none(),
             opened: 0,
             acknowledged: &acknowledged,
             consumer_gone: || consumer.is_finished(),
@@ -204,8 +204,8 @@ fn transfer(plan: &[Planned<'_>], how: &How) -> Outcome<Summary> {
         chunk: how.chunk,
         depth: how.depth,
         slots,
-        buffer_registered,
-        files_registered,
+        buffer_refusal,
+        files_refusal,
     })
 }
 

@@ -44,12 +44,12 @@ pub(crate) fn print(text: &str) -> Outcome<()> {
 pub(crate) fn parse_size(text: &str) -> std::result::Result<u64, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, suffix) = text.split_at(digits);
-    let shift = match suffix.to_ascii_lowercase().trim_end_matches('b').trim_end_matches('i') {
-        "" if suffix.is_empty() || suffix.eq_ignore_ascii_case("b") => 0,
-        "k" => 10,
-        "m" => 20,
-        "g" => 30,
-        "t" => 40,
+    let shift = match suffix.to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
         _ => return Err(format!("unknown suffix {suffix:?}: use K, M, G or T")),
     };
     let number: u64 = number.parse().map_err(|_| "a size is a whole number with an optional suffix".to_owned())?;
@@ -95,8 +95,8 @@ pub(crate) struct Summary {
     pub(crate) chunk: u64,
     pub(crate) depth: u32,
     pub(crate) slots: usize,
-    pub(crate) buffer_registered: bool,
-    pub(crate) files_registered: bool,
+    pub(crate) buffer_refusal: Option<PipelineError>,
+    pub(crate) files_refusal: Option<PipelineError>,
 }
 
 impl Summary {
@@ -129,8 +129,8 @@ impl Summary {
             "chunk": self.chunk,
             "depth": self.depth,
             "buffer_slots": self.slots,
-            "buffer_registered": self.buffer_registered,
-            "files_registered": self.files_registered,
+            "buffer_registered": self.buffer_refusal.is_none(),
+            "files_registered": self.files_refusal.is_none(),
             "paths": {
                 "registered_bytes": stats.registered_bytes,
                 "plain_bytes": stats.plain_bytes,
@@ -184,11 +184,11 @@ impl Summary {
             size(stats.plain_bytes),
             size(stats.bounced_bytes)
         )?;
-        if !self.buffer_registered {
-            writeln!(out, "           the buffer is not registered (RLIMIT_MEMLOCK, see ulimit -l): reads went plain")?;
+        if let Some(error) = &self.buffer_refusal {
+            writeln!(out, "           the buffer is not registered, reads went plain: {error}")?;
         }
-        if !self.files_registered {
-            writeln!(out, "           the files are not registered (RLIMIT_NOFILE, see ulimit -n)")?;
+        if let Some(error) = &self.files_refusal {
+            writeln!(out, "           the files are not registered: {error}")?;
         }
         writeln!(out, "buffer     {} slots of {}, depth {}", self.slots, size(self.chunk), self.depth)?;
         writeln!(out, "ring       {}", self.features)?;
