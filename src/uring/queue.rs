@@ -245,11 +245,12 @@ impl KernelQueue {
     /// Makes room for one SQE, submitting earlier ones if need be.
     #[inline]
     fn make_sq_room(&mut self) -> Result<bool, Errno> {
-        if self.ring.ring.sq_room() == 0 {
-            self.enter(0, None)?;
-            if self.ring.ring.sq_room() == 0 && self.ring.features().sqpoll {
-                self.ring.ring.wait_for_sq_room()?;
-            }
+        if self.ring.ring.sq_room() > 0 {
+            return Ok(true);
+        }
+        self.enter(0, None)?;
+        if self.ring.ring.sq_room() == 0 && self.ring.features().sqpoll {
+            self.ring.ring.wait_for_sq_room()?;
         }
         Ok(self.ring.ring.sq_room() > 0)
     }

@@ -362,6 +362,7 @@ impl<'a> AsyncUringStream<'a> {
         Err(PipelineError::NvmePassthroughDisabled)
     }
 
+    #[inline]
     fn submit(
         &mut self,
         file: FileRef,
@@ -371,19 +372,20 @@ impl<'a> AsyncUringStream<'a> {
         buffer_offset: usize,
         user_data: u64,
     ) -> Result<u64> {
-        self.flight_mut()?;
+        let finished = self.finished;
+        let flight = self.flight_mut()?;
         let len: u64 = segments.iter().map(|&(_, len)| len as u64).sum();
         PipelineError::check_range("file offset", file_offset, len, i64::MAX as u64)?;
-        if self.finished {
+        if finished {
             return Err(PipelineError::busy("the stream", "it was finished: make a new one"));
         }
         // The table knows what the file at an index is now.
         let file = match file.registered_index() {
-            Some(index) => self.registered_file(index)?,
+            Some(index) => flight.queue.ring().files.get(index)?,
             None => file,
         };
         let buffer_offset = buffer_offset as u64;
-        self.flight_mut()?.submit(Request { file, file_offset, target, segments, buffer_offset, user_data })
+        flight.submit(Request { file, file_offset, target, segments, buffer_offset, user_data })
     }
 
     // Driving

@@ -77,6 +77,7 @@ impl<Q: Queue> Flight<'_, Q> {
         self.give_bounce_slot(slot);
     }
 
+    #[inline(always)]
     pub(super) fn landed(&mut self, op: &Op, bytes: u64, path: ReadPath) {
         self.stats.bytes += bytes;
         match path {
@@ -91,6 +92,7 @@ impl<Q: Queue> Flight<'_, Q> {
     /// Why no further command of a submission should be issued; 0 when there is no reason.
     ///
     /// The end of the file in one part is none: the parts before it still have bytes, which are to be in place.
+    #[inline(always)]
     pub(super) fn lost(&mut self, sequence: u64) -> Errno {
         let record = self.record(sequence);
         match record.errno {
@@ -183,7 +185,7 @@ impl<Q: Queue> Flight<'_, Q> {
         self.end_part(sequence);
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn end_part(&mut self, sequence: u64) {
         let record = self.record(sequence);
         record.parts -= 1;
@@ -193,7 +195,7 @@ impl<Q: Queue> Flight<'_, Q> {
     }
 
     /// All parts of a submission have ended.
-    #[inline]
+    #[inline(always)]
     pub(super) fn finish(&mut self, sequence: u64) {
         let record = self.record(sequence);
         debug_assert_eq!(record.state, State::Flying);
@@ -219,6 +221,7 @@ impl<Q: Queue> Flight<'_, Q> {
     }
 
     /// Moves the tail over every whole or skipped submission.
+    #[inline]
     pub(super) fn advance(&mut self) {
         let before = self.tail;
         while self.tail < self.next && matches!(self.record(self.tail).state, State::Whole | State::Skipped) {
@@ -230,6 +233,7 @@ impl<Q: Queue> Flight<'_, Q> {
         }
     }
 
+    #[inline(always)]
     pub(super) fn advance_floor(&mut self) {
         while self.floor < self.tail && self.record(self.floor).taken {
             self.record(self.floor).state = State::Free;
@@ -259,6 +263,7 @@ impl<Q: Queue> Flight<'_, Q> {
     }
 
     /// Takes the completion of the submission that ended first.
+    #[inline]
     pub(crate) fn take(&mut self) -> Option<Completion> {
         let sequence = self.finished.pop_front()?;
         let completion = self.describe(sequence);
@@ -273,6 +278,7 @@ impl<Q: Queue> Flight<'_, Q> {
         Some(-self.record(sequence).errno)
     }
 
+    #[inline]
     pub(super) fn describe(&mut self, sequence: u64) -> Completion {
         let record = self.record(sequence);
         Completion {

@@ -93,7 +93,7 @@ impl<Q: Queue> Flight<'_, Q> {
     }
 
     /// An op whose target is set; the caller sets the rest.
-    #[inline]
+    #[inline(always)]
     pub(super) fn new_op(&mut self, target: Option<&Target>) -> Box<Op> {
         let mut op = self.rest.pop().unwrap_or_else(|| {
             self.made += 1;
@@ -120,7 +120,7 @@ impl<Q: Queue> Flight<'_, Q> {
     }
 
     /// Lays an op to rest.
-    #[inline]
+    #[inline(always)]
     pub(super) fn lay(&mut self, mut op: Box<Op>) {
         op.file = FileRef::none();
         if !op.target.is(&self.home) {
@@ -167,7 +167,7 @@ impl<Q: Queue> Flight<'_, Q> {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn launch_part(
         &mut self,
         sequence: u64,
@@ -188,15 +188,25 @@ impl<Q: Queue> Flight<'_, Q> {
     #[inline]
     pub(super) fn stage(&mut self, mut op: Box<Op>) {
         debug_assert!(op.remaining > 0);
-        let piece = match op.direct {
-            None => Piece::Direct { len: op.remaining.min(MAX_COMMAND) },
-            Some(alignment) => {
-                let address = op.target.region().address(op.target_offset);
-                let slot = self.bounce_slot_bytes(alignment.offset as usize);
-                leading_piece(op.file_offset, address, op.remaining, alignment, slot)
-            }
+        if op.direct.is_some() {
+            return self.stage_direct(op);
+        }
+        let len = op.remaining.min(MAX_COMMAND);
+        let (len, slot) = match op.target.slot(op.target_offset) {
+            Some((slot, reach)) => (len.min(reach), Some(slot)),
+            None => (len, None),
         };
-        let piece = within_registration(&op, piece);
+        op.command = Command::Direct { len: len as u32, slot };
+        self.issue(op);
+    }
+
+    /// The same for O_DIRECT, whose commands read whole blocks.
+    fn stage_direct(&mut self, mut op: Box<Op>) {
+        let Some(alignment) = op.direct else { return };
+        let address = op.target.region().address(op.target_offset);
+        let slot = self.bounce_slot_bytes(alignment.offset as usize);
+        let piece = leading_piece(op.file_offset, address, op.remaining, alignment, slot);
+        let piece = within_registration(&op, piece, alignment.offset as usize);
         op.command = match piece {
             Piece::Direct { len } => {
                 Command::Direct { len: len as u32, slot: op.target.slot(op.target_offset).map(|(slot, _)| slot) }
@@ -224,7 +234,7 @@ impl<Q: Queue> Flight<'_, Q> {
         self.issue(op);
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn issue(&mut self, op: Box<Op>) {
         // An error of the submission system call is reported by the next `drive`; the op waits meanwhile.
         if self.pending.is_empty() && matches!(self.queue.make_room(), Ok(true)) {
@@ -235,7 +245,7 @@ impl<Q: Queue> Flight<'_, Q> {
     }
 
     /// Hands an op to the queue, which has room.
-    #[inline]
+    #[inline(always)]
     pub(super) fn push(&mut self, op: Box<Op>) {
         self.stats.commands += 1;
         let index = op.sequence & (self.window.len() as u64 - 1);
@@ -285,11 +295,10 @@ impl<Q: Queue> Flight<'_, Q> {
 }
 
 /// Cuts a direct piece where the target's registration is split. A block that straddles the split is bounced.
-fn within_registration(op: &Op, piece: Piece) -> Piece {
+fn within_registration(op: &Op, piece: Piece, block: usize) -> Piece {
     let (Piece::Direct { len }, Some((_, reach))) = (piece, op.target.slot(op.target_offset)) else {
         return piece;
     };
-    let block = op.direct.map_or(1, |alignment| alignment.offset as usize);
     let inside = len.min(reach);
     match inside - inside % block {
         0 => Piece::Bounce { file_offset: op.file_offset, len: block, skip: 0, want: block },

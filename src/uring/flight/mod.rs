@@ -186,6 +186,7 @@ impl<'a, Q: Queue> Flight<'a, Q> {
     // Submitting
 
     /// Accepts a read and queues its commands; returns its sequence number.
+    #[inline]
     pub(crate) fn submit(&mut self, request: Request<'_>) -> Result<u64> {
         self.require_room()?;
         let sequence = self.next;
