@@ -78,6 +78,7 @@ impl<T> Table<T> {
         }
     }
 
+    #[cold]
     fn bad(&self, value: u64) -> Failure {
         Failure::new(
             libc::EBADF,
@@ -85,6 +86,7 @@ impl<T> Table<T> {
         )
     }
 
+    #[inline(always)]
     fn slot(&self, index: usize) -> Option<&Slot<T>> {
         // Chunk i starts at entry FIRST_CHUNK * (2^i - 1).
         let chunk = (index / FIRST_CHUNK + 1).ilog2() as usize;
@@ -92,6 +94,7 @@ impl<T> Table<T> {
         self.chunks.get(chunk)?.get()?.get(index - start)
     }
 
+    #[inline(always)]
     fn find(&self, value: u64) -> Outcome<(&Slot<T>, u64)> {
         let generation = value >> INDEX_BITS & GENERATION_MASK;
         if value >> (INDEX_BITS + GENERATION_BITS) != u64::from(self.tag) {
@@ -173,6 +176,8 @@ pub(super) struct Shared<T: 'static>(&'static Slot<T>);
 pub(super) struct Exclusive<T: 'static> {
     table: &'static Table<T>,
     slot: &'static Slot<T>,
+    /// As in the state word.
+    generation: u64,
     index: u32,
     poisoned: bool,
     not_send: PhantomData<*mut ()>,
@@ -203,16 +208,21 @@ pub(super) fn shared<F: Family>(handle: *const F) -> Outcome<Shared<F::Object>> 
 }
 
 /// Enters an object alone.
-#[inline]
+#[inline(always)]
 pub(super) fn exclusive<F: Family>(handle: *const F) -> Outcome<Exclusive<F::Object>> {
     let value = handle as usize as u64;
     let table = F::table();
     let (slot, generation) = table.find(value)?;
     // Acquire: what the last user did is seen.
     match slot.state.compare_exchange(generation, generation | phase::EXCLUSIVE, Ordering::Acquire, Ordering::Relaxed) {
-        Ok(_) => {
-            Ok(Exclusive { table, slot, index: (value & INDEX_MASK) as u32, poisoned: false, not_send: PhantomData })
-        }
+        Ok(_) => Ok(Exclusive {
+            table,
+            slot,
+            generation,
+            index: (value & INDEX_MASK) as u32,
+            poisoned: false,
+            not_send: PhantomData,
+        }),
         Err(state) => Err(table.refusal(value, generation, state)),
     }
 }
@@ -228,6 +238,7 @@ pub(super) fn last<F: Family>(handle: *const F) -> Outcome<Exclusive<F::Object>>
         return Ok(Exclusive {
             table,
             slot,
+            generation,
             index: (value & INDEX_MASK) as u32,
             poisoned: true,
             not_send: PhantomData,
@@ -285,10 +296,9 @@ impl<T> DerefMut for Exclusive<T> {
 impl<T> Drop for Exclusive<T> {
     #[inline]
     fn drop(&mut self) {
-        let generation = self.slot.state.load(Ordering::Relaxed) >> 32 << 32;
         let phase = if self.poisoned || std::thread::panicking() { phase::POISONED } else { 0 };
         // Release: what we did is seen by the next user.
-        self.slot.state.store(generation | phase, Ordering::Release);
+        self.slot.state.store(self.generation | phase, Ordering::Release);
     }
 }
 

@@ -68,7 +68,7 @@ fn last_error() -> *const c_char {
 }
 
 /// Runs an export's body: a value, or -errno with the message kept. A panic becomes `ENOTRECOVERABLE`.
-#[inline]
+#[inline(always)]
 fn value(body: impl FnOnce() -> Outcome<i64>) -> i64 {
     // Unwind safety: what a panic may leave half done is a table entry, which its guard then marks as poisoned.
     match catch_unwind(AssertUnwindSafe(body)) {

@@ -179,7 +179,7 @@ pub struct ringest_stream_counters {
 }
 
 /// Enters a stream; a movable one belongs to the calling thread from then on.
-#[inline]
+#[inline(always)]
 fn enter(handle: *mut ringest_stream) -> Outcome<Exclusive<StreamObject>> {
     let mut entered = exclusive(handle.cast_const())?;
     entered.stream.enter();
