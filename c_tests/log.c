@@ -10,7 +10,8 @@ static void take(void *user, uint32_t level, const char *target, const char *mes
     struct seen *seen = (struct seen *)user;
     if (level < RINGEST_LOG_LEVEL_ERROR || level > RINGEST_LOG_LEVEL_TRACE || strncmp(target, "ringest", 7) || !*message)
         _exit(2);
-    seen->lines++;
+    // Not from in here, and no deadlock either.
+    if (seen->lines++ == 0) CALL(-EDEADLK, ringest_log_set_callback, NULL, NULL, RINGEST_LOG_LEVEL_OFF);
     if (level > seen->highest) seen->highest = level;
     if (strstr(message, "ring created")) seen->rings++;
 }

@@ -4,7 +4,8 @@
 // ones are -EBADF. Calls return 0 or a count >= 0, or -errno; ringest_last_error() has the message. Option
 // structs start with their size; NULL, or zero in every other field, means defaults. Beside the errors that are
 // named, any call may answer -EBUSY while another thread ends or shares the same handle, and
-// -ENOTRECOVERABLE after ringest panicked in a call with it. No call may be made from a signal handler.
+// -ENOTRECOVERABLE after ringest panicked in a call with it; any call that makes a handle, -EMFILE when 16
+// million of its kind are live. Out pointers are written on success alone. No call may be made from a signal handler.
 // docs/manual.md explains the concepts and shows the calls in the order in which a program
 // needs them.
 //
@@ -179,8 +180,9 @@ struct ringest_shared_buffers;
 // Completions come in any order; the tail counts, in submission order, only submissions whose every byte is in place.
 // A failed one holds the tail until ringest_stream_resubmit or ringest_stream_skip.
 //
-// Belongs to the thread that owns its ring: elsewhere every call is -EPERM and changes nothing. With
-// RINGEST_RING_MOVABLE any thread may call, one at a time (-EBUSY otherwise).
+// Belongs to the thread that owns its ring: elsewhere every call that drives or changes it is -EPERM and changes
+// nothing; calls that only look say so. With RINGEST_RING_MOVABLE any thread may call, one at a time (-EBUSY
+// otherwise).
 struct ringest_stream;
 
 // A tail line: the words by which a consumer follows a stream, learns of failure, and of the end.
@@ -188,7 +190,8 @@ struct ringest_stream;
 // The memory lives until this handle is freed and the stream that publishes to it is closed.
 struct ringest_tail_line;
 
-// Called once, when ringest no longer needs memory that the caller owns. From any thread; it must not call ringest.
+// Called once, when ringest no longer needs memory that the caller owns. From any thread. It must not call ringest, throw or
+// longjmp.
 typedef void (*ringest_release_fn)(void *user);
 
 // What a process has leaked because the kernel never gave it back.
@@ -202,7 +205,8 @@ struct ringest_leaks {
 };
 
 // Takes a log line: its level (enum ringest_log_level), the part of the library it comes from, and the text. The strings
-// are valid during the call. From any thread; it must not call ringest.
+// are valid during the call. From any thread. It must not call ringest (what such calls would log is dropped), must not
+// throw or longjmp, and must not wait for a lock that is held around ringest_log_set_callback.
 typedef void (*ringest_log_fn)(void *user, uint32_t level, const char *target, const char *message);
 
 // How mapped memory is allocated. All zero (with size set) means defaults.
@@ -535,8 +539,10 @@ int32_t ringest_crc32c(uint32_t crc, const void *data, size_t len, uint32_t *res
 //
 // Any thread, but not from within the callback.
 //
-// Errors: -EINVAL for a bad level; -EBUSY when the program (in Rust) has a tracing subscriber of its own.
-int32_t ringest_log_set_callback(ringest_log_fn callback, void *user, uint32_t level);
+// Errors: -EINVAL for a bad level; -EDEADLK from within the callback; -EBUSY when the program (in Rust) has a tracing subscriber of its own.
+int32_t ringest_log_set_callback(ringest_log_fn callback,
+                                 void *user,
+                                 uint32_t level);
 
 // Allocates len bytes and stores a handle in *out. options may be NULL.
 //

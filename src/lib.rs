@@ -51,6 +51,8 @@ pub use uring::{
     StreamOptions, StreamStats, TailLine, TailWord, leak_stats,
 };
 
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("ringest needs 64-bit pointers: handles of the C ABI are 64 bits wide");
 #[cfg(not(target_os = "linux"))]
 compile_error!("ringest drives io_uring and needs Linux");
 

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 // What the header documents
 
 /// Errnos by name, as far as the header or the manual pages that it names speak of them.
-const ERRNOS: [(&str, i32); 30] = [
+const ERRNOS: [(&str, i32); 31] = [
     ("E2BIG", libc::E2BIG),
     ("EACCES", libc::EACCES),
     ("EAGAIN", libc::EAGAIN),
@@ -39,6 +39,7 @@ const ERRNOS: [(&str, i32); 30] = [
     ("EMFILE", libc::EMFILE),
     ("ENAMETOOLONG", libc::ENAMETOOLONG),
     ("ENODATA", libc::ENODATA),
+    ("EDEADLK", libc::EDEADLK),
     ("ENODEV", libc::ENODEV),
     ("ENOENT", libc::ENOENT),
     ("ENOMEM", libc::ENOMEM),

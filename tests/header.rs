@@ -19,7 +19,8 @@ fn generate() -> String {
          // ones are -EBADF. Calls return 0 or a count >= 0, or -errno; ringest_last_error() has the message. Option\n\
          // structs start with their size; NULL, or zero in every other field, means defaults. Beside the errors that are\n\
          // named, any call may answer -EBUSY while another thread ends or shares the same handle, and\n\
-         // -ENOTRECOVERABLE after ringest panicked in a call with it. No call may be made from a signal handler.\n\
+         // -ENOTRECOVERABLE after ringest panicked in a call with it; any call that makes a handle, -EMFILE when 16\n\
+         // million of its kind are live. Out pointers are written on success alone. No call may be made from a signal handler.\n\
          // docs/manual.md explains the concepts and shows the calls in the order in which a program\n\
          // needs them.\n\
          //\n\

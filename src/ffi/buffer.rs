@@ -67,7 +67,8 @@ pub enum ringest_memory_kind {
     Bar1Peer = 1,
 }
 
-/// Called once, when ringest no longer needs memory that the caller owns. From any thread; it must not call ringest.
+/// Called once, when ringest no longer needs memory that the caller owns. From any thread. It must not call ringest, throw or
+/// longjmp.
 pub type ringest_release_fn = Option<unsafe extern "C" fn(user: *mut c_void)>;
 
 /// Calls the C owner's function when the last reference to its memory is gone.
@@ -110,7 +111,7 @@ pub unsafe extern "C" fn ringest_buffer_from_host(
     status(|| unsafe {
         store(out, "out", || {
             let buffer = GpuMappedBuffer::from_host_visible_raw(base.cast(), len, device_address(device))?;
-            create::<ringest_buffer>(BufferObject::first(buffer))
+            create::<ringest_buffer>(|| Ok(BufferObject::first(buffer)))
         })
     })
 }
@@ -187,7 +188,7 @@ unsafe fn adopt(
     // SAFETY: `out` is null or valid by contract.
     unsafe {
         store(out, "out", || {
-            create::<ringest_buffer>(BufferObject::first(make(Owner { release, user: UserPointer(user) })?))
+            create::<ringest_buffer>(|| Ok(BufferObject::first(make(Owner { release, user: UserPointer(user) })?)))
         })
     }
 }
@@ -210,7 +211,7 @@ pub unsafe extern "C" fn ringest_buffer_sub_region(
         store(out, "out", || {
             let whole = shared(buffer)?;
             let part = whole.duplicate().sub_region(offset, len)?;
-            create::<ringest_buffer>(whole.further(part))
+            create::<ringest_buffer>(|| Ok(whole.further(part)))
         })
     })
 }
@@ -227,7 +228,7 @@ pub unsafe extern "C" fn ringest_buffer_duplicate(buffer: *const ringest_buffer,
     status(|| unsafe {
         store(out, "out", || {
             let first = shared(buffer)?;
-            create::<ringest_buffer>(first.further(first.duplicate()))
+            create::<ringest_buffer>(|| Ok(first.further(first.duplicate())))
         })
     })
 }

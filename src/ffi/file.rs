@@ -61,7 +61,7 @@ pub unsafe extern "C" fn ringest_file_open(path: *const c_char, direct: u32, out
         let path = OsStr::from_bytes(unsafe { CStr::from_ptr(path) }.to_bytes());
         let mode = mode(direct)?;
         // SAFETY: `out` is null or valid by the C contract.
-        unsafe { store(out, "out", || create::<ringest_file>(InputFile::open(path, mode)?)) }
+        unsafe { store(out, "out", || create::<ringest_file>(|| Ok(InputFile::open(path, mode)?))) }
     })
 }
 
@@ -81,7 +81,7 @@ pub unsafe extern "C" fn ringest_file_from_fd(fd: i32, direct: u32, out: *mut *m
         // SAFETY: the C caller passes a descriptor that stays open during the call; a bad one makes fstat fail.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
         // SAFETY: `out` is null or valid by the C contract.
-        unsafe { store(out, "out", || create::<ringest_file>(InputFile::from_fd(fd, mode)?)) }
+        unsafe { store(out, "out", || create::<ringest_file>(|| Ok(InputFile::from_fd(fd, mode)?))) }
     })
 }
 

@@ -8,8 +8,8 @@ use super::{Failure, Outcome};
 use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 /// What a handle value looks like: tag in bits 56.., generation in bits 24..56, index in bits 0..24.
 const INDEX_BITS: u32 = 24;
@@ -32,26 +32,33 @@ mod phase {
 const FIRST_CHUNK: usize = 64;
 const CHUNKS: usize = 18;
 
+/// Chunk of an entry, and its place there: chunk i starts at entry FIRST_CHUNK * (2^i - 1).
+#[inline(always)]
+fn place(index: usize) -> (usize, usize) {
+    let chunk = (index / FIRST_CHUNK + 1).ilog2() as usize;
+    (chunk, index - FIRST_CHUNK * ((1 << chunk) - 1))
+}
+
 struct Slot<T> {
     /// Generation in the high half, phase in the low half.
     state: AtomicU64,
+    /// While free: the next free entry, plus one.
+    next: AtomicU32,
     object: UnsafeCell<Option<T>>,
 }
 
-/// The objects of one handle family.
+/// The objects of one handle family. Without locks: a forked child of a process with other threads would inherit one that
+/// nobody unlocks.
 pub(super) struct Table<T> {
     tag: u8,
     name: &'static str,
     /// Chunk i holds `FIRST_CHUNK << i` entries; entries never move.
-    chunks: [OnceLock<Box<[Slot<T>]>>; CHUNKS],
-    free: Mutex<Free>,
-}
-
-struct Free {
-    /// Entries to reuse, last freed first.
-    list: Vec<u32>,
+    chunks: [AtomicPtr<Slot<T>>; CHUNKS],
+    /// The entry freed last, plus one, in the low half (0: none), and a count of changes in the high half, by which a
+    /// compare-and-swap tells an entry that was taken and freed meanwhile.
+    free: AtomicU64,
     /// Entries handed out at least once.
-    used: u32,
+    used: AtomicU32,
 }
 
 // SAFETY: entries are reached under the state protocol only: shared by readers that see `&T`, or by one caller. Objects
@@ -73,8 +80,9 @@ impl<T> Table<T> {
         Self {
             tag,
             name,
-            chunks: [const { OnceLock::new() }; CHUNKS],
-            free: Mutex::new(Free { list: Vec::new(), used: 0 }),
+            chunks: [const { AtomicPtr::new(null_mut()) }; CHUNKS],
+            free: AtomicU64::new(0),
+            used: AtomicU32::new(0),
         }
     }
 
@@ -88,10 +96,71 @@ impl<T> Table<T> {
 
     #[inline(always)]
     fn slot(&self, index: usize) -> Option<&Slot<T>> {
-        // Chunk i starts at entry FIRST_CHUNK * (2^i - 1).
-        let chunk = (index / FIRST_CHUNK + 1).ilog2() as usize;
-        let start = FIRST_CHUNK * ((1 << chunk) - 1);
-        self.chunks.get(chunk)?.get()?.get(index - start)
+        let (chunk, at) = place(index);
+        // Acquire: the chunk's entries are initialised.
+        let entries = self.chunks.get(chunk)?.load(Ordering::Acquire);
+        if entries.is_null() {
+            return None;
+        }
+        // SAFETY: a chunk, once published, is never freed or moved, and holds `FIRST_CHUNK << chunk` entries, of which
+        // `place` names one.
+        Some(unsafe { &*entries.add(at) })
+    }
+
+    /// The chunk with this number, made if need be.
+    fn make_chunk(&self, chunk: usize) {
+        let empty = || Slot {
+            state: AtomicU64::new(1 << 32 | phase::FREE),
+            next: AtomicU32::new(0),
+            object: UnsafeCell::new(None),
+        };
+        let entries: Box<[Slot<T>]> = std::iter::repeat_with(empty).take(FIRST_CHUNK << chunk).collect();
+        let made = Box::into_raw(entries);
+        // Release: whoever finds the chunk finds its entries.
+        let published =
+            self.chunks[chunk].compare_exchange(null_mut(), made.cast(), Ordering::Release, Ordering::Relaxed);
+        if published.is_err() {
+            // SAFETY: somebody else's chunk is there; ours was seen by nobody.
+            drop(unsafe { Box::from_raw(made) });
+        }
+    }
+
+    /// Takes an entry that is free.
+    fn reserve(&self) -> Outcome<u32> {
+        let mut head = self.free.load(Ordering::Acquire);
+        while let Some(index) = (head as u32).checked_sub(1) {
+            let next = self.slot(index as usize).map_or(0, |slot| slot.next.load(Ordering::Relaxed));
+            let popped = ((head >> 32) + 1) << 32 | u64::from(next);
+            // Acquire: what the last user of the entry did is over.
+            match self.free.compare_exchange_weak(head, popped, Ordering::Acquire, Ordering::Acquire) {
+                Ok(_) => return Ok(index),
+                Err(now) => head = now,
+            }
+        }
+        let index = self.used.fetch_add(1, Ordering::Relaxed);
+        let (chunk, _) = place(index as usize);
+        if chunk >= CHUNKS {
+            self.used.fetch_sub(1, Ordering::Relaxed);
+            return Err(Failure::new(libc::EMFILE, format!("too many live handles: {index} of one kind")));
+        }
+        if self.chunks[chunk].load(Ordering::Relaxed).is_null() {
+            self.make_chunk(chunk);
+        }
+        Ok(index)
+    }
+
+    /// Gives an entry back that nobody can reach any more.
+    fn give_back(&self, slot: &Slot<T>, index: u32) {
+        let mut head = self.free.load(Ordering::Relaxed);
+        loop {
+            slot.next.store(head as u32, Ordering::Relaxed);
+            let pushed = ((head >> 32) + 1) << 32 | u64::from(index + 1);
+            // Release: our use of the entry is over before the next.
+            match self.free.compare_exchange_weak(head, pushed, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(now) => head = now,
+            }
+        }
     }
 
     #[inline(always)]
@@ -122,36 +191,28 @@ impl<T> Table<T> {
         Failure::new(libc::EBUSY, format!("another call is using this {}: call from one thread at a time", self.name))
     }
 
-    /// Puts an object in; returns its handle's value.
-    fn insert(&self, object: T) -> Outcome<u64> {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = match free.list.pop() {
-            Some(index) => index,
-            None => {
-                let index = free.used;
-                let chunk = (index as usize / FIRST_CHUNK + 1).ilog2() as usize;
-                let Some(place) = self.chunks.get(chunk) else {
-                    return Err(Failure::new(libc::EMFILE, format!("too many live handles: {} of one kind", index)));
-                };
-                place.get_or_init(|| {
-                    let empty = || Slot { state: AtomicU64::new(1 << 32 | phase::FREE), object: UnsafeCell::new(None) };
-                    std::iter::repeat_with(empty).take(FIRST_CHUNK << chunk).collect()
-                });
-                free.used += 1;
-                index
-            }
-        };
-        drop(free);
+    /// Puts an object in, which is made only once there is room for it; returns its handle's value.
+    fn insert(&self, make: impl FnOnce() -> Outcome<T>) -> Outcome<u64> {
+        let index = self.reserve()?;
         let Some(slot) = self.slot(index as usize) else {
-            unreachable!("its chunk was just made");
+            unreachable!("its chunk exists");
         };
-        // Relaxed: the free list's lock ordered us after whoever freed the entry.
+        // Relaxed: the free list ordered us after whoever freed the entry.
         let generation = slot.state.load(Ordering::Relaxed) >> 32;
-        // SAFETY: a free entry is reached by nobody but the caller that took it off the free list.
-        unsafe { *slot.object.get() = Some(object) };
-        // Release: whoever enters sees the object.
-        slot.state.store(generation << 32, Ordering::Release);
-        Ok(u64::from(self.tag) << (INDEX_BITS + GENERATION_BITS) | generation << INDEX_BITS | u64::from(index))
+        let value = u64::from(self.tag) << (INDEX_BITS + GENERATION_BITS) | generation << INDEX_BITS | u64::from(index);
+        match make() {
+            Ok(object) => {
+                // SAFETY: a reserved entry is reached by nobody but the caller that took it off the free list.
+                unsafe { *slot.object.get() = Some(object) };
+                // Release: whoever enters sees the object.
+                slot.state.store(generation << 32, Ordering::Release);
+                Ok(value)
+            }
+            Err(failure) => {
+                self.give_back(slot, index);
+                Err(failure)
+            }
+        }
     }
 
     /// Frees an entry that the caller has exclusively.
@@ -163,7 +224,7 @@ impl<T> Table<T> {
         slot.state.store((generation & GENERATION_MASK) << 32 | phase::FREE, Ordering::Release);
         // An entry whose generation wraps would accept a handle of long ago: retire it.
         if generation & GENERATION_MASK != 0 {
-            self.free.lock().unwrap_or_else(PoisonError::into_inner).list.push(index);
+            self.give_back(slot, index);
         }
         object
     }
@@ -183,9 +244,9 @@ pub(super) struct Exclusive<T: 'static> {
     not_send: PhantomData<*mut ()>,
 }
 
-/// A handle of an object that did not exist before.
-pub(super) fn create<F: Family>(object: F::Object) -> Outcome<*mut F> {
-    Ok(F::table().insert(object)? as usize as *mut F)
+/// A handle of an object that did not exist before. `make` is called only when there is room for it.
+pub(super) fn create<F: Family>(make: impl FnOnce() -> Outcome<F::Object>) -> Outcome<*mut F> {
+    Ok(F::table().insert(make)? as usize as *mut F)
 }
 
 /// Enters an object together with other readers.
@@ -331,7 +392,7 @@ mod tests {
 
     #[test]
     fn stale_null_and_foreign_handles_are_ebadf() {
-        let handle = create::<thing>(5).unwrap();
+        let handle = create::<thing>(|| Ok(5)).unwrap();
         assert_eq!(*shared(handle).unwrap(), 5);
         assert_eq!(errno(shared::<thing>(std::ptr::null())), libc::EBADF);
         assert_eq!(errno(exclusive::<other>(handle.cast())), libc::EBADF);
@@ -339,7 +400,7 @@ mod tests {
         assert_eq!(exclusive(handle).unwrap().take(), 5);
         assert_eq!(errno(shared(handle)), libc::EBADF);
         assert_eq!(errno(last(handle)), libc::EBADF);
-        let again = create::<thing>(6).unwrap();
+        let again = create::<thing>(|| Ok(6)).unwrap();
         assert_ne!(handle, again);
         assert_eq!(errno(exclusive(handle)), libc::EBADF);
         assert_eq!(exclusive(again).unwrap().take(), 6);
@@ -347,7 +408,7 @@ mod tests {
 
     #[test]
     fn readers_exclude_the_exclusive_and_a_panic_poisons() {
-        let handle = create::<thing>(1).unwrap();
+        let handle = create::<thing>(|| Ok(1)).unwrap();
         let (first, second) = (shared(handle).unwrap(), shared(handle).unwrap());
         assert_eq!(errno(exclusive(handle)), libc::EBUSY);
         drop((first, second));
@@ -374,7 +435,7 @@ mod tests {
                 scope.spawn(move || {
                     let mut stale = Vec::new();
                     for round in 0..2_000u64 {
-                        let handle = create::<other>(thread << 32 | round).unwrap();
+                        let handle = create::<other>(|| Ok(thread << 32 | round)).unwrap();
                         assert_eq!(*exclusive(handle).unwrap(), thread << 32 | round);
                         entered.fetch_add(1, Ordering::Relaxed);
                         assert_eq!(exclusive(handle).unwrap().take(), thread << 32 | round);

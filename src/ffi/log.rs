@@ -2,6 +2,7 @@
 
 use super::options::UserPointer;
 use super::{Failure, status};
+use std::cell::Cell;
 use std::ffi::{CString, c_char, c_void};
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -9,6 +10,7 @@ use std::sync::{Mutex, PoisonError, RwLock};
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
+use tracing::subscriber::Interest;
 use tracing::{Event, Level, Metadata, Subscriber};
 
 /// How much is logged: each level includes those before it.
@@ -30,7 +32,8 @@ pub enum ringest_log_level {
 }
 
 /// Takes a log line: its level (enum ringest_log_level), the part of the library it comes from, and the text. The strings
-/// are valid during the call. From any thread; it must not call ringest.
+/// are valid during the call. From any thread. It must not call ringest (what such calls would log is dropped), must not
+/// throw or longjmp, and must not wait for a lock that is held around ringest_log_set_callback.
 pub type ringest_log_fn =
     Option<unsafe extern "C" fn(user: *mut c_void, level: u32, target: *const c_char, message: *const c_char)>;
 
@@ -41,6 +44,11 @@ struct Sink {
     level: LevelFilter,
 }
 
+thread_local! {
+    /// The callback is running on this thread.
+    static CALLING: Cell<bool> = const { Cell::new(false) };
+}
+
 static SINK: RwLock<Option<Sink>> = RwLock::new(None);
 
 /// Installs a log callback for the whole process, or removes it (callback NULL). level is an enum ringest_log_level.
@@ -49,10 +57,13 @@ static SINK: RwLock<Option<Sink>> = RwLock::new(None);
 ///
 /// Any thread, but not from within the callback.
 ///
-/// Errors: -EINVAL for a bad level; -EBUSY when the program (in Rust) has a tracing subscriber of its own.
+/// Errors: -EINVAL for a bad level; -EDEADLK from within the callback; -EBUSY when the program (in Rust) has a tracing subscriber of its own.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ringest_log_set_callback(callback: ringest_log_fn, user: *mut c_void, level: u32) -> i32 {
     status(|| {
+        if CALLING.get() {
+            return Err(Failure::new(libc::EDEADLK, "the log callback may not replace itself"));
+        }
         let level = match level {
             0 => LevelFilter::OFF,
             1 => LevelFilter::ERROR,
@@ -99,10 +110,19 @@ fn level_number(level: Level) -> u32 {
     }
 }
 
+fn wanted(metadata: &Metadata<'_>) -> bool {
+    let sink = SINK.read().unwrap_or_else(PoisonError::into_inner);
+    sink.is_some_and(|sink| *metadata.level() <= sink.level) && metadata.target().starts_with("ringest")
+}
+
 impl Subscriber for Lines {
+    fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
+        // Asked each time: a site may be met first while a callback runs, which holds the lock.
+        if CALLING.get() || wanted(metadata) { Interest::sometimes() } else { Interest::never() }
+    }
+
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        let sink = SINK.read().unwrap_or_else(PoisonError::into_inner);
-        sink.is_some_and(|sink| *metadata.level() <= sink.level) && metadata.target().starts_with("ringest")
+        !CALLING.get() && wanted(metadata)
     }
 
     fn event(&self, event: &Event<'_>) {
@@ -112,11 +132,15 @@ impl Subscriber for Lines {
         let target = CString::new(event.metadata().target()).unwrap_or_default();
         // Held during the call, so that replacing the callback waits for it.
         let sink = SINK.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Sink { callback, user, .. }) = *sink {
+        if let Some(Sink { callback, user, level: most }) = *sink
+            && *event.metadata().level() <= most
+        {
             let level = level_number(*event.metadata().level());
+            CALLING.set(true);
             // SAFETY: the C caller passed a function of this type, callable from any thread; the strings outlive the
             // call.
             unsafe { callback(user.0, level, target.as_ptr(), text.as_ptr()) };
+            CALLING.set(false);
         }
     }
 

@@ -76,7 +76,7 @@ pub unsafe extern "C" fn ringest_mapped_alloc(
         };
         let alignment = usize::try_from(options.alignment).unwrap_or(usize::MAX);
         let options = MappedOptions { alignment, huge_pages };
-        store(out, "out", || create::<ringest_mapped>(MappedBuffer::alloc_with(len, options)?))
+        store(out, "out", || create::<ringest_mapped>(|| Ok(MappedBuffer::alloc_with(len, options)?)))
     })
 }
 
@@ -136,5 +136,5 @@ pub unsafe extern "C" fn ringest_mapped_share(
     out: *mut *mut super::buffer::ringest_buffer,
 ) -> i32 {
     // SAFETY: `out` is null or valid by the C contract.
-    status(|| unsafe { store(out, "out", || create(BufferObject::first(exclusive(mapped)?.share()))) })
+    status(|| unsafe { store(out, "out", || create(|| Ok(BufferObject::first(exclusive(mapped)?.share())))) })
 }

@@ -151,7 +151,13 @@ impl Entered {
         let place = exclusive(handle)?;
         match *place {
             Place::Here(_) => Ok(Self::Here(place)),
-            Place::Stream(stream) => Ok(Self::Stream(exclusive(stream.cast_const())?)),
+            Place::Stream(stream) => match exclusive(stream.cast_const()) {
+                Ok(stream) => Ok(Self::Stream(stream)),
+                Err(failure) if failure.errno() == libc::EBADF => {
+                    Err(Failure::new(libc::EBUSY, "the ring's stream is being closed: wait for that"))
+                }
+                Err(failure) => Err(failure),
+            },
             Place::Gone => Err(Failure::new(
                 libc::ENODEV,
                 "the ring went with a stream that could not give it back: create another",
@@ -197,7 +203,7 @@ pub unsafe extern "C" fn ringest_ring_create(options: *const ringest_ring_option
     // SAFETY: both pointers are null or valid by the C contract.
     status(|| unsafe {
         let options = ring_options(&options::read(options)?)?;
-        store(out, "out", || create(Place::Here(Box::new(IoUringState::new(options)?))))
+        store(out, "out", || create(|| Ok(Place::Here(Box::new(IoUringState::new(options)?)))))
     })
 }
 
@@ -342,7 +348,9 @@ pub unsafe extern "C" fn ringest_ring_share_buffers(
 ) -> i32 {
     // SAFETY: `out` is null or valid by the C contract.
     status(|| unsafe {
-        store(out, "out", || create::<ringest_shared_buffers>(Entered::new(ring)?.ring_mut()?.share_buffers()?))
+        store(out, "out", || {
+            create::<ringest_shared_buffers>(|| Ok(Entered::new(ring)?.ring_mut()?.share_buffers()?))
+        })
     })
 }
 

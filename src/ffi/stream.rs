@@ -17,8 +17,9 @@ use std::time::Duration;
 /// Completions come in any order; the tail counts, in submission order, only submissions whose every byte is in place.
 /// A failed one holds the tail until ringest_stream_resubmit or ringest_stream_skip.
 ///
-/// Belongs to the thread that owns its ring: elsewhere every call is -EPERM and changes nothing. With
-/// RINGEST_RING_MOVABLE any thread may call, one at a time (-EBUSY otherwise).
+/// Belongs to the thread that owns its ring: elsewhere every call that drives or changes it is -EPERM and changes
+/// nothing; calls that only look say so. With RINGEST_RING_MOVABLE any thread may call, one at a time (-EBUSY
+/// otherwise).
 pub struct ringest_stream {
     _opaque: (),
 }
@@ -215,18 +216,23 @@ fn make(
                     }
                 };
                 state.adopt_if_movable();
-                match AsyncUringStream::try_new(*state, buffer, tail, options) {
-                    Ok(stream) => {
-                        // Only 16 million live streams make this fail; the ring then goes with the stream.
-                        let handle = create::<ringest_stream>(StreamObject { stream, ring })?;
-                        *place = Place::Stream(handle);
-                        Ok(handle)
+                let mut back = Some(state);
+                let handle = create::<ringest_stream>(|| {
+                    let Some(state) = back.take() else { unreachable!("called once") };
+                    match AsyncUringStream::try_new(*state, buffer, tail, options) {
+                        Ok(stream) => Ok(StreamObject { stream, ring }),
+                        Err((state, error)) => {
+                            back = Some(state);
+                            Err(error.into())
+                        }
                     }
-                    Err((state, error)) => {
-                        *place = Place::Here(state);
-                        Err(error.into())
-                    }
-                }
+                });
+                *place = match (&handle, back) {
+                    (Ok(handle), _) => Place::Stream(*handle),
+                    (Err(_), Some(state)) => Place::Here(state),
+                    (Err(_), None) => Place::Gone,
+                };
+                handle
             })
         }
     })
@@ -655,9 +661,8 @@ const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 fn close(handle: *mut ringest_stream, timeout: Option<Duration>) -> Outcome<()> {
     let mut entered = last(handle.cast_const())?;
     if entered.was_poisoned() {
-        // What a panic left half done cannot be taken apart safely.
         let StreamObject { stream, ring } = entered.take();
-        std::mem::forget(stream);
+        stream.abandon();
         give_back(ring, Place::Gone);
         return Ok(());
     }

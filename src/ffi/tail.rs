@@ -78,7 +78,7 @@ const _: () = {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ringest_tail_line_alloc(out: *mut *mut ringest_tail_line) -> i32 {
     // SAFETY: `out` is null or valid by the C contract.
-    status(|| unsafe { store(out, "out", || create::<ringest_tail_line>(TailLine::alloc()?)) })
+    status(|| unsafe { store(out, "out", || create::<ringest_tail_line>(|| Ok(TailLine::alloc()?))) })
 }
 
 /// Places a tail line at offset (a multiple of 128 bytes in memory) of a buffer and stores a handle in *out. Nothing else
@@ -95,7 +95,7 @@ pub unsafe extern "C" fn ringest_tail_line_in_buffer(
 ) -> i32 {
     // SAFETY: the C caller keeps other writers away from the line; `out` is null or valid.
     status(|| unsafe {
-        store(out, "out", || create::<ringest_tail_line>(TailLine::in_buffer(&*shared(buffer)?, offset)?))
+        store(out, "out", || create::<ringest_tail_line>(|| Ok(TailLine::in_buffer(&*shared(buffer)?, offset)?)))
     })
 }
 

@@ -307,7 +307,12 @@ impl<'a> GpuMappedBuffer<'a> {
     /// Whether anything but this handle still refers to the memory: a read in flight, a registration, another handle.
     #[must_use]
     pub fn is_shared(&self) -> bool {
-        Arc::strong_count(&self.region) > 1
+        if Arc::strong_count(&self.region) > 1 {
+            return true;
+        }
+        // What the last other holder did (a ring thread that reaped the read) happens before what the caller does now.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+        false
     }
 
     /// Whether the memory is the caller's, which nothing here keeps alive.

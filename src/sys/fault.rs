@@ -35,6 +35,9 @@ mod enabled {
         static REFUSED: Cell<u32> = const { Cell::new(0) };
     }
 
+    /// As an errno of [`plan_fault`]: panic.
+    pub const PANIC: i32 = i32::MIN;
+
     /// Makes the `k`-th system call of this thread (from 1) fail with `errno`; 0 only counts.
     pub fn plan_fault(k: u64, errno: i32) {
         PLAN.with(|plan| *plan.borrow_mut() = Some(Plan { fail_at: k, errno, calls: Vec::new() }));
@@ -59,7 +62,11 @@ mod enabled {
             let mut plan = plan.borrow_mut();
             let Some(plan) = plan.as_mut() else { return Ok(()) };
             plan.calls.push(call);
-            if plan.calls.len() as u64 == plan.fail_at { Err(plan.errno) } else { Ok(()) }
+            match plan.calls.len() as u64 == plan.fail_at {
+                true if plan.errno == PANIC => panic!("a planned panic in {call}"),
+                true => Err(plan.errno),
+                false => Ok(()),
+            }
         })
     }
 }

@@ -6,5 +6,5 @@ mod regressions;
 mod rng;
 mod sim;
 
-pub use crate::sys::fault::{end_fault_plan, plan_fault, refuse_setup_flags};
+pub use crate::sys::fault::{PANIC, end_fault_plan, plan_fault, refuse_setup_flags};
 pub use harness::{SimReport, run_stream_seed, trace_stream_seed};

@@ -463,6 +463,16 @@ impl<'a> AsyncUringStream<'a> {
         if held == 0 { Ok(None) } else { Err(leaked()) }
     }
 
+    /// Gives up a stream that a panic left half done: consumers are told, and what the kernel may still write to is
+    /// leaked, counted and logged.
+    pub(crate) fn abandon(mut self) {
+        if let Some(flight) = self.flight.take()
+            && !flight.queue.ring().owner.is_forked()
+        {
+            flight.publish_end(libc::ENOTRECOVERABLE);
+        }
+    }
+
     /// Ends the flight; afterwards the kernel holds nothing, or what it holds is leaked with the flight's queue.
     fn shut(&mut self, timeout: Duration) -> Option<Flight<'a, KernelQueue>> {
         let mut flight = self.flight.take()?;

@@ -1,0 +1,85 @@
+//! Handles under fire: a ring looked at while its stream closes, and a fork beside threads that make and end handles.
+
+use ringest::ffi::{buffer, mapped, ring, stream, tail};
+use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+#[test]
+fn a_ring_whose_stream_is_closing_is_busy_never_gone() {
+    let (mut memory, mut into, mut own) = (null_mut(), null_mut(), null_mut());
+    let mut word = 0u64;
+    // SAFETY: all out pointers are valid.
+    unsafe {
+        assert_eq!(mapped::ringest_mapped_alloc(4096, null(), &mut memory), 0);
+        assert_eq!(mapped::ringest_mapped_share(memory, &mut into), 0);
+        if ring::ringest_ring_create(null(), &mut own) < 0 {
+            println!("SKIP a_ring_whose_stream_is_closing_is_busy_never_gone: no io_uring");
+            return;
+        }
+    }
+    let (over, looks) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let address = own as usize;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let fd = ring::ringest_ring_fd(address as *const ring::ringest_ring);
+                assert!(fd >= 0 || fd == -libc::EBUSY, "{fd}");
+                looks.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        for _ in 0..2_000 {
+            let mut handle = null_mut();
+            loop {
+                // SAFETY: the out pointers and the word are valid.
+                match unsafe { stream::ringest_stream_create_u64(own, into, &mut word, null(), &mut handle) } {
+                    0 => break,
+                    rc => assert_eq!(rc, -libc::EBUSY),
+                }
+            }
+            while stream::ringest_stream_close(handle, -1) == -libc::EBUSY {}
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    assert!(looks.load(Ordering::Relaxed) > 0);
+    while ring::ringest_ring_destroy(own) == -libc::EBUSY {}
+    assert_eq!(buffer::ringest_buffer_release(into), 0);
+    assert_eq!(mapped::ringest_mapped_free(memory), 0);
+}
+
+#[test]
+fn a_child_forked_beside_busy_threads_can_make_handles() {
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    make_and_end();
+                }
+            });
+        }
+        for round in 0..200 {
+            // SAFETY: the child makes handles, whose table has no locks and whose memory comes from glibc's malloc, which
+            // may be used after fork, and ends by _exit.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                // SAFETY: see above; the alarm ends a child that hangs.
+                unsafe { libc::alarm(20) };
+                make_and_end();
+                // SAFETY: as above.
+                unsafe { libc::_exit(0) };
+            }
+            let mut status = 0;
+            // SAFETY: waits for the child just made.
+            unsafe { libc::waitpid(child, &mut status, 0) };
+            assert_eq!(status, 0, "child {round}");
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+}
+
+fn make_and_end() {
+    let mut line = null_mut();
+    // SAFETY: the out pointer is valid.
+    assert_eq!(unsafe { tail::ringest_tail_line_alloc(&mut line) }, 0);
+    assert_eq!(tail::ringest_tail_line_free(line), 0);
+}
