@@ -146,9 +146,7 @@ impl<T: AnyBits> MappedBuffer<T> {
     }
 
     fn require_exclusive(&self) -> Result<()> {
-        // Acquire: what the last other holder (a ring thread that reaped the read) did happens before what we do now.
-        if Arc::strong_count(&self.region) == 1 {
-            std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+        if !self.region.is_shared() {
             return Ok(());
         }
         Err(PipelineError::busy("the mapped buffer", "drop its GpuMappedBuffer and let its reads finish first"))

@@ -74,6 +74,16 @@ impl Region {
         self.kind
     }
 
+    /// Whether anything but the given reference holds the region.
+    pub(super) fn is_shared(self: &Arc<Self>) -> bool {
+        if Arc::strong_count(self) > 1 {
+            return true;
+        }
+        // What the last other holder did (a ring thread that reaped the read) happens before what the caller does now.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+        false
+    }
+
     /// Address of byte `offset`, which may be one past the end.
     pub(crate) fn address(&self, offset: usize) -> u64 {
         debug_assert!(offset <= self.len);
@@ -307,12 +317,7 @@ impl<'a> GpuMappedBuffer<'a> {
     /// Whether anything but this handle still refers to the memory: a read in flight, a registration, another handle.
     #[must_use]
     pub fn is_shared(&self) -> bool {
-        if Arc::strong_count(&self.region) > 1 {
-            return true;
-        }
-        // What the last other holder did (a ring thread that reaped the read) happens before what the caller does now.
-        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
-        false
+        self.region.is_shared()
     }
 
     /// Whether the memory is the caller's, which nothing here keeps alive.

@@ -774,13 +774,12 @@ impl Queue for Sim<'_> {
         self.sq.push_back(Sqe::Read(index));
     }
 
-    fn cancel(&mut self, sequence: Option<u64>) {
+    fn cancel(&mut self, wanted: impl Fn(u64) -> bool) {
         self.tick();
         for index in 0..self.slots.len() {
             let (generation, live) = &self.slots[index];
             let generation = *generation;
-            let wanted = |live: &Live| sequence.is_none_or(|sequence| live.op.sequence == sequence);
-            if !live.as_ref().is_some_and(wanted) {
+            if !live.as_ref().is_some_and(|live| wanted(live.op.sequence)) {
                 continue;
             }
             if self.sq.len() >= self.nature.sq_entries && self.enter(0, None).is_err() {

@@ -120,8 +120,8 @@ pub(crate) trait Queue {
     /// Queues the op's command; `segments` is the scatter list of a vectored one (offset in the region, length).
     /// `make_room` has just answered true.
     fn push(&mut self, op: Box<Op>, segments: &[Segment]);
-    /// Asks for commands in flight to be cancelled, as far as the kernel can: those of one submission, or all.
-    fn cancel(&mut self, sequence: Option<u64>);
+    /// Asks for the commands in flight of the wanted submissions to be cancelled, as far as the kernel can.
+    fn cancel(&mut self, wanted: impl Fn(u64) -> bool);
     /// Whether commands are queued that the kernel has not been told of.
     fn has_unsubmitted(&mut self) -> bool;
     /// Whether there are such commands, or completions wait for an `enter`.
@@ -305,11 +305,10 @@ impl Queue for KernelQueue {
         assert!(pushed, "push without make_room");
     }
 
-    fn cancel(&mut self, sequence: Option<u64>) {
+    fn cancel(&mut self, wanted: impl Fn(u64) -> bool) {
         for index in 0..self.slots.len() {
             let slot = &self.slots[index];
-            let wanted = |op: &Op| sequence.is_none_or(|sequence| op.sequence == sequence);
-            if !slot.op.as_deref().is_some_and(wanted) {
+            if !slot.op.as_deref().is_some_and(|op| wanted(op.sequence)) {
                 continue;
             }
             let entry = opcode::AsyncCancel::new(slot.token(index as u32)).build().user_data(CANCEL);

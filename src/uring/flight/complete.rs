@@ -102,9 +102,11 @@ impl<Q: Queue> Flight<'_, Q> {
         }
     }
 
-    /// Stages the next command of a contiguous op, unless its submission is lost already.
+    /// Issues the next command of an op, the same scatter list again or the next stretch, unless its submission is lost
+    /// already.
     pub(super) fn proceed(&mut self, op: Box<Op>) {
         match self.lost(op.sequence) {
+            0 if is_vectored(&op) => self.issue(op),
             0 => self.stage(op),
             errno => self.end_op(op, errno),
         }
@@ -296,7 +298,7 @@ impl<Q: Queue> Flight<'_, Q> {
 }
 
 /// Whether the op's command reads a whole scatter list.
-pub(super) fn is_vectored(op: &Op) -> bool {
+fn is_vectored(op: &Op) -> bool {
     matches!(op.command, Command::Vectored { .. })
 }
 

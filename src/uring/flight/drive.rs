@@ -1,7 +1,6 @@
 //! Turning the wheel: submit, wait, reap; cancel and close.
 
 use super::super::queue::{Command, Op, Queue, Reaped};
-use super::complete::is_vectored;
 use super::record::State;
 use super::{Bounce, Flight, NO_COMMAND};
 use crate::error::{PipelineError, Result};
@@ -25,7 +24,8 @@ impl<Q: Queue> Flight<'_, Q> {
             let satisfied = self.ready() >= min;
             if satisfied || self.queue.in_kernel() + self.sleeping.len() + self.pending.len() == 0 {
                 // With nothing to report, a poll also runs deferred completion work; otherwise it only submits.
-                if if self.ready() == 0 { self.queue.wants_enter() } else { self.queue.has_unsubmitted() } {
+                let nothing = self.ready() == 0;
+                if self.queue.has_unsubmitted() || nothing && self.queue.wants_enter() {
                     self.enter(0, None)?;
                     self.reap_all();
                 }
@@ -84,7 +84,7 @@ impl<Q: Queue> Flight<'_, Q> {
             while index < self.sleeping.len() {
                 if self.sleeping[index].0 <= now {
                     let (_, op) = self.sleeping.swap_remove(index);
-                    self.retry(op);
+                    self.proceed(op);
                 } else {
                     index += 1;
                 }
@@ -103,17 +103,6 @@ impl<Q: Queue> Flight<'_, Q> {
         Ok(())
     }
 
-    /// Repeats the command of an op.
-    pub(super) fn retry(&mut self, op: Box<Op>) {
-        if !is_vectored(&op) {
-            return self.proceed(op);
-        }
-        match self.lost(op.sequence) {
-            0 => self.issue(op),
-            errno => self.end_op(op, errno),
-        }
-    }
-
     /// Cancels a submission that has not ended: parts not handed to the kernel end now, the kernel is asked for the
     /// others.
     pub(crate) fn cancel(&mut self, sequence: u64) -> Result<()> {
@@ -126,7 +115,10 @@ impl<Q: Queue> Flight<'_, Q> {
         }
         self.mark_cancelled(sequence);
         self.drop_waiting(|op| op.sequence == sequence);
-        self.ask(sequence);
+        if self.record(sequence).state == State::Flying {
+            self.queue.cancel(|other| other == sequence);
+            self.asked();
+        }
         Ok(())
     }
 
@@ -136,12 +128,9 @@ impl<Q: Queue> Flight<'_, Q> {
         self.cancelling += u32::from(newly);
     }
 
-    /// Asks the kernel for a cancelled submission, which may by now have ended.
-    pub(super) fn ask(&mut self, sequence: u64) {
-        if self.record(sequence).state == State::Flying && self.record(sequence).cancelled {
-            self.queue.cancel(Some(sequence));
-            (self.ask_at, self.ask_every) = (self.queue.now() + FIRST_ASK, FIRST_ASK);
-        }
+    /// The kernel has just been asked for the first time.
+    fn asked(&mut self) {
+        (self.ask_at, self.ask_every) = (self.queue.now() + FIRST_ASK, FIRST_ASK);
     }
 
     /// Repeats cancellations that the kernel has not heeded: it finds no command that is just on its way between its
@@ -152,9 +141,10 @@ impl<Q: Queue> Flight<'_, Q> {
         }
         let now = self.queue.now();
         if self.ask_at <= now {
-            let every = (self.ask_every * 2).min(Duration::from_secs(1));
-            (self.floor..self.next).for_each(|sequence| self.ask(sequence));
-            (self.ask_at, self.ask_every) = (now + every, every);
+            let (window, mask) = (&self.window, self.window.len() as u64 - 1);
+            self.queue.cancel(|sequence| window[(sequence & mask) as usize].cancelled);
+            self.ask_every = (self.ask_every * 2).min(Duration::from_secs(1));
+            self.ask_at = now + self.ask_every;
         }
         Some(self.ask_at.saturating_sub(now))
     }
@@ -163,8 +153,8 @@ impl<Q: Queue> Flight<'_, Q> {
     pub(crate) fn cancel_all(&mut self) {
         (self.floor..self.next).for_each(|sequence| self.mark_cancelled(sequence));
         self.drop_waiting(|_| true);
-        self.queue.cancel(None);
-        (self.ask_at, self.ask_every) = (self.queue.now() + FIRST_ASK, FIRST_ASK);
+        self.queue.cancel(|_| true);
+        self.asked();
     }
 
     pub(super) fn drop_waiting(&mut self, matches: impl Fn(&Box<Op>) -> bool) {
@@ -220,6 +210,11 @@ impl<Q: Queue> Flight<'_, Q> {
             self.queue.release(pool);
         }
         self.queue.in_kernel() == 0
+    }
+
+    /// Tells consumers that no more comes: END if that was announced and everything is in place.
+    pub(crate) fn publish_close(&self, finished: bool) {
+        self.publish_end(if finished && self.tail == self.next { 0 } else { libc::ECANCELED });
     }
 
     /// Tells consumers how it ended.

@@ -110,6 +110,7 @@ impl<Q: Queue> Flight<'_, Q> {
                 direct: None,
             })
         });
+        op.command = NO_COMMAND;
         (op.retries, op.looks) = (0, 0);
         if let Some(target) = target
             && !target.is(&op.target)

@@ -477,8 +477,7 @@ impl<'a> AsyncUringStream<'a> {
     fn shut(&mut self, timeout: Duration) -> Option<Flight<'a, KernelQueue>> {
         let mut flight = self.flight.take()?;
         flight.shut(timeout);
-        let whole = flight.tail() == flight.submitted();
-        flight.publish_end(if self.finished && whole { 0 } else { libc::ECANCELED });
+        flight.publish_close(self.finished);
         let home = flight.set_home(Target::Plain(Arc::clone(self.buffer.region())));
         if let (Target::Registered(entry), true) = (home, self.attached) {
             flight.queue.retire(entry);
@@ -509,8 +508,7 @@ impl Drop for AsyncUringStream<'_> {
             drop(self.shut(timeout));
         } else if !ring.owner.is_forked() {
             // On a thread that does not own the ring nothing can be reaped: the queue's drop leaks what is in flight.
-            let whole = flight.tail() == flight.submitted();
-            flight.publish_end(if self.finished && whole { 0 } else { libc::ECANCELED });
+            flight.publish_close(self.finished);
         }
     }
 }
