@@ -110,7 +110,6 @@ impl<Q: Queue> Flight<'_, Q> {
                 direct: None,
             })
         });
-        op.command = NO_COMMAND;
         (op.retries, op.looks) = (0, 0);
         if let Some(target) = target
             && !target.is(&op.target)
@@ -218,7 +217,11 @@ impl<Q: Queue> Flight<'_, Q> {
                 }
                 let slot = match self.take_bounce_slot(len) {
                     Ok(Some(slot)) => slot,
-                    Ok(None) => return self.bounce_wait.push_back(op),
+                    Ok(None) => {
+                        // It waits without a command, whatever its last was.
+                        op.command = NO_COMMAND;
+                        return self.bounce_wait.push_back(op);
+                    }
                     Err(errno) => return self.end_op(op, errno),
                 };
                 let leaves_path = slot.registration().is_none() && op.target.slot(op.target_offset).is_some();
