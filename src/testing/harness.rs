@@ -21,7 +21,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-type Check<T = ()> = std::result::Result<T, String>;
+pub(super) type Check<T = ()> = std::result::Result<T, String>;
 
 /// What a seed did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -72,7 +72,12 @@ pub fn trace_stream_seed(seed: u64) -> Check<SimReport> {
 }
 
 fn guarded(seed: u64, mutation: Option<Mutation>, trace: bool) -> Check<SimReport> {
-    catch_unwind(AssertUnwindSafe(|| run(seed, mutation, trace))).unwrap_or_else(|payload| {
+    catching(|| run(seed, mutation, trace))
+}
+
+/// A panic is a failure like any other.
+pub(super) fn catching<T>(run: impl FnOnce() -> Check<T>) -> Check<T> {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
         let text = payload.downcast_ref::<String>().cloned();
         let text = text.or_else(|| payload.downcast_ref::<&str>().map(|text| (*text).to_owned()));
         Err(format!("panic: {}", text.unwrap_or_default()))
@@ -86,6 +91,7 @@ macro_rules! ensure {
         }
     };
 }
+pub(super) use ensure;
 
 /// Guard bytes between destinations, at least.
 const GAP: usize = 8;
@@ -212,7 +218,7 @@ fn memory_is_back(arenas: Vec<Arena>) -> Check {
     Ok(())
 }
 
-fn text(error: impl std::fmt::Display) -> String {
+pub(super) fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
 
@@ -431,6 +437,7 @@ impl<'a> Harness<'a> {
             segments: &segments,
             buffer_offset,
             user_data,
+            slack: 0,
         });
         self.note(&format!("submit file {file}+{file_offset} to {arena}:{segments:?}"), &submitted);
         match submitted {
@@ -946,7 +953,7 @@ fn snapshot(scratch: &mut MappedBuffer<u8>, arena: &Arena) {
     view.region().copy_from(0, arena.target.region(), arena.window, arena.shadow.len());
 }
 
-fn make_file(rng: &mut Rng, id: u64, largest: usize) -> (FileRef, SimFile) {
+pub(super) fn make_file(rng: &mut Rng, id: u64, largest: usize) -> (FileRef, SimFile) {
     let aligned = |memory, offset| Some(DirectAlignment { memory, offset });
     let direct =
         rng.pick(&[None, None, None, aligned(512, 512), aligned(512, 512), aligned(4, 512), aligned(4096, 4096)]);
@@ -975,7 +982,7 @@ fn make_file(rng: &mut Rng, id: u64, largest: usize) -> (FileRef, SimFile) {
     (FileRef::simulated(file.id, direct), file)
 }
 
-fn make_nature(rng: &mut Rng) -> Nature {
+pub(super) fn make_nature(rng: &mut Rng) -> Nature {
     let commands = rng.pick(&[1, 2, 3, 8, 14, 28, 56]);
     Nature {
         sq_entries: rng.pick(&[1, 2, 4, 8, 32]),

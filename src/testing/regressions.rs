@@ -106,7 +106,7 @@ fn memory() -> Target {
 
 fn submit(flight: &mut Flight<'_, Manual>, file: &FileRef, at: u64, target: &Target, segments: &[Segment]) -> u64 {
     let (file, target) = (file.clone(), Some(target.clone()));
-    let request = Request { file, file_offset: at, target, segments, buffer_offset: 0, user_data: 0 };
+    let request = Request { file, file_offset: at, target, segments, buffer_offset: 0, user_data: 0, slack: 0 };
     flight.submit(request).unwrap()
 }
 

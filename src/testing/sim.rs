@@ -23,6 +23,9 @@ use std::time::Duration;
 /// Calls of the queue in one step of the harness, beyond which the flight spins.
 const MAX_CALLS: u32 = 200_000;
 
+/// Reads that ended inside a block, before the bytes wanted of it, after which that counts as the end of the file.
+const LOOKS: u8 = 3;
+
 /// What a stray write leaves; shorter than the gap between destinations.
 const STRAY: [u8; 6] = [0xa5, 0x5a, 0xa5, 0x5a, 0xa5, 0x5a];
 
@@ -110,10 +113,14 @@ pub(super) struct Attempt {
     pub(super) region: u64,
     pub(super) segments: Vec<Segment>,
     pub(super) requested: u64,
+    /// Bytes at the end that may be missing.
+    pub(super) slack: u32,
     pub(super) skipped: bool,
     pub(super) landed: u64,
     pub(super) bounced: u64,
     pub(super) errors: Vec<Errno>,
+    /// Commands that read less than asked and had to be continued.
+    pub(super) short: u64,
     pub(super) plain: bool,
     pub(super) registered: bool,
 }
@@ -287,6 +294,7 @@ impl<'a> Sim<'a> {
             TailWord::U32(word) => word.load(Ordering::Acquire).into(),
             TailWord::U64(word) => word.load(Ordering::Acquire),
             TailWord::Line(line) => line.words().tail.load(Ordering::Acquire),
+            TailWord::None => 0,
         }
     }
 
@@ -295,6 +303,7 @@ impl<'a> Sim<'a> {
             TailWord::U32(word) => word.store(tail as u32, Ordering::Release),
             TailWord::U64(word) => word.store(tail, Ordering::Release),
             TailWord::Line(line) => line.words().tail.store(tail, Ordering::Release),
+            TailWord::None => {}
         }
     }
 
@@ -336,6 +345,9 @@ impl<'a> Sim<'a> {
     }
 
     fn check_tail(&mut self) {
+        if matches!(self.tail, TailWord::None) {
+            return;
+        }
         // The flight may still be about to count the completion that it reaped last.
         let (settled, due, published) = (self.settled, self.due_tail(), self.read_tail());
         if !(settled..=due).contains(&published) {
@@ -721,7 +733,17 @@ impl<'a> Sim<'a> {
                 (useful, true, slot.registration().is_some())
             }
         };
+        let asked = match &op.command {
+            Command::Direct { len, .. } => *len as usize,
+            Command::Bounce { want, .. } => *want as usize,
+            Command::Vectored { .. } => op.remaining,
+        };
         let attempt = &mut self.attempts[op.sequence as usize];
+        let cut = match useful {
+            0 => result > 0 && op.looks < LOOKS,
+            _ => useful > 0 && (useful as usize) < asked && op.remaining - useful as usize > attempt.slack as usize,
+        };
+        attempt.short += u64::from(cut);
         match useful {
             0 => attempt.errors.push(libc::ENODATA),
             errno if errno < 0 => attempt.errors.push(-errno),

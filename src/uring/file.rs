@@ -198,7 +198,7 @@ impl FileRef {
     }
 
     /// O_DIRECT alignment as far as it is known. A raw descriptor is asked when the kernel refuses a read with EINVAL.
-    pub(super) fn direct(&self) -> Option<DirectAlignment> {
+    pub(crate) fn direct(&self) -> Option<DirectAlignment> {
         match &self.0 {
             Source::Fd(_) => None,
             Source::Open(file) => file.direct,

@@ -15,6 +15,7 @@ mod tail;
 
 pub use file::{DirectAlignment, DirectMode, FileRef, InputFile};
 pub use flight::{Completion, ReadPath, StreamStats};
+pub(crate) use queue::count_leaked_queue;
 pub use queue::{LeakStats, leak_stats};
 pub use registry::SharedBuffers;
 pub use ring::{IoUringState, RingFeatures, RingOptions, RingRegistrations, SqPoll};

@@ -157,13 +157,22 @@ pub struct LeakStats {
     pub rings: u64,
     /// Reads that were in flight then.
     pub reads: u64,
-    /// Bytes those reads may still write.
+    /// Bytes those reads may still write, and those of the queues.
     pub bytes: u64,
+    /// io_queues whose memory was leaked because consumers might still use it.
+    pub queues: u64,
 }
 
 static LEAKED_RINGS: AtomicU64 = AtomicU64::new(0);
 static LEAKED_READS: AtomicU64 = AtomicU64::new(0);
 static LEAKED_BYTES: AtomicU64 = AtomicU64::new(0);
+static LEAKED_QUEUES: AtomicU64 = AtomicU64::new(0);
+
+/// The memory of an io_queue is leaked.
+pub(crate) fn count_leaked_queue(bytes: u64) {
+    LEAKED_QUEUES.fetch_add(1, Ordering::Relaxed);
+    LEAKED_BYTES.fetch_add(bytes, Ordering::Relaxed);
+}
 
 /// What this process has leaked so far.
 #[must_use]
@@ -172,6 +181,7 @@ pub fn leak_stats() -> LeakStats {
         rings: LEAKED_RINGS.load(Ordering::Relaxed),
         reads: LEAKED_READS.load(Ordering::Relaxed),
         bytes: LEAKED_BYTES.load(Ordering::Relaxed),
+        queues: LEAKED_QUEUES.load(Ordering::Relaxed),
     }
 }
 

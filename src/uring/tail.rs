@@ -75,6 +75,8 @@ pub enum TailWord<'a> {
     U64(&'a AtomicU64),
     /// A whole line, which also tells of failure and end.
     Line(TailLine),
+    /// Nowhere: the stream's user takes every completion and publishes by itself.
+    None,
 }
 
 impl<'a> From<&'a AtomicU32> for TailWord<'a> {
@@ -121,6 +123,7 @@ impl TailWord<'_> {
             Self::U32(word) => word.store(tail as u32, Ordering::Release),
             Self::U64(word) => word.store(tail, Ordering::Release),
             Self::Line(line) => line.words().tail.store(tail, Ordering::Release),
+            Self::None => {}
         }
     }
 

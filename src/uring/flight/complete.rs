@@ -45,6 +45,9 @@ impl<Q: Queue> Flight<'_, Q> {
         op.file_offset += landed as u64;
         op.remaining -= landed;
         if landed < asked {
+            if op.remaining <= self.record(op.sequence).slack as usize {
+                return self.end_op(op, 0);
+            }
             self.stats.short_reads += 1;
         }
         if op.remaining == 0 {
@@ -202,7 +205,7 @@ impl<Q: Queue> Flight<'_, Q> {
         let record = self.record(sequence);
         debug_assert_eq!(record.state, State::Flying);
         let errno = record.errno;
-        debug_assert!(errno != 0 || record.landed == record.requested);
+        debug_assert!(errno != 0 || record.landed + u64::from(record.slack) >= record.requested);
         record.state = if errno == 0 { State::Whole } else { State::Failed };
         let cancelled = record.cancelled;
         self.cancelling -= u32::from(cancelled);
@@ -272,6 +275,17 @@ impl<Q: Queue> Flight<'_, Q> {
         self.record(sequence).taken = true;
         self.advance_floor();
         Some(completion)
+    }
+
+    /// Takes every completion there is; failed submissions are skipped.
+    #[inline]
+    pub(crate) fn take_all(&mut self, mut each: impl FnMut(&Completion)) {
+        while let Some(completion) = self.take() {
+            if completion.status != 0 && self.skip(completion.sequence).is_err() {
+                unreachable!("a failed submission whose completion was just taken can be skipped");
+            }
+            each(&completion);
+        }
     }
 
     /// Status of the completion that `take` would return.

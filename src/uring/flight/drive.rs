@@ -15,6 +15,17 @@ impl<Q: Queue> Flight<'_, Q> {
     /// Submits what is queued and reaps what has completed; with `min` > 0, waits until that many completions can be
     /// taken, the timeout passes (`ETIMEDOUT`), or nothing is left that could complete.
     pub(crate) fn drive(&mut self, min: usize, timeout: Option<Duration>) -> Result<()> {
+        if self.drive_for(min, timeout)? {
+            return Ok(());
+        }
+        Err(PipelineError::timed_out(
+            format!("waiting for {min} completions"),
+            format!("{} are there, {} reads are in flight: wait again or cancel", self.ready(), self.flying),
+        ))
+    }
+
+    /// As [`drive`](Self::drive); false when the timeout passed.
+    pub(crate) fn drive_for(&mut self, min: usize, timeout: Option<Duration>) -> Result<bool> {
         let deadline = timeout.filter(|_| min > 0).map(|timeout| self.queue.now().saturating_add(timeout));
         let mut looked = false;
         loop {
@@ -31,7 +42,7 @@ impl<Q: Queue> Flight<'_, Q> {
                 }
                 // Nothing left to wait for, unless reaping just now queued more.
                 if satisfied || self.ready() >= min || self.flying == 0 {
-                    return Ok(());
+                    return Ok(true);
                 }
                 continue;
             }
@@ -45,10 +56,7 @@ impl<Q: Queue> Flight<'_, Q> {
                     self.enter(0, None)?;
                     continue;
                 }
-                return Err(PipelineError::timed_out(
-                    format!("waiting for {min} completions"),
-                    format!("{} are there, {} reads are in flight: wait again or cancel", self.ready(), self.flying),
-                ));
+                return Ok(false);
             }
             let nap = self.sleeping.iter().map(|(wake, _)| wake.saturating_sub(now)).min();
             let limit = left.into_iter().chain(nap).chain(again).min();

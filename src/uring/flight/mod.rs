@@ -56,6 +56,9 @@ pub(crate) struct Request<'a> {
     /// For the record.
     pub(crate) buffer_offset: u64,
     pub(crate) user_data: u64,
+    /// Bytes at the end that nobody misses: a read that is short by no more is whole. Only for one range, of whole
+    /// blocks if the file is O_DIRECT.
+    pub(crate) slack: u32,
 }
 
 struct Bounce {
@@ -191,7 +194,7 @@ impl<'a, Q: Queue> Flight<'a, Q> {
         self.require_room()?;
         let sequence = self.next;
         self.next += 1;
-        let Request { file, file_offset, target, segments, buffer_offset, user_data } = request;
+        let Request { file, file_offset, target, segments, buffer_offset, user_data, slack } = request;
         let record = self.record(sequence);
         record.segments.clear();
         if segments.len() > 1 {
@@ -202,6 +205,7 @@ impl<'a, Q: Queue> Flight<'a, Q> {
         record.user_data = user_data;
         record.file_offset = file_offset;
         record.buffer_offset = buffer_offset;
+        record.slack = slack;
         self.queue.count_user(&file, 1);
         self.launch(sequence, file, target.as_ref());
         Ok(sequence)

@@ -130,14 +130,16 @@ pub(super) struct Record {
     pub(super) path: ReadPath,
     /// Errno of the first part that failed.
     pub(super) errno: Errno,
-    /// Ops not yet ended.
-    pub(super) parts: u32,
+    /// Ops not yet ended: at most three for each of 1024 ranges, and one.
+    pub(super) parts: u16,
     pub(super) user_data: u64,
     pub(super) file_offset: u64,
     pub(super) buffer_offset: u64,
     pub(super) requested: u64,
     pub(super) landed: u64,
     pub(super) bounced: u64,
+    /// Bytes at the end that may be missing.
+    pub(super) slack: u32,
     /// Where in the target's region the first byte goes.
     pub(super) start: usize,
     /// All ranges of a scatter read.

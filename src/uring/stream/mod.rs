@@ -3,7 +3,7 @@
 mod submit;
 
 use super::flight::{Completion, Flight, FlightOptions, Segment, StreamStats};
-use super::queue::{KernelQueue, Target};
+use super::queue::{KernelQueue, Queue, Target};
 use super::ring::{IoUringState, RingRegistrations};
 use super::tail::TailWord;
 use crate::error::{PipelineError, Result};
@@ -238,6 +238,34 @@ impl<'a> AsyncUringStream<'a> {
             count += 1;
         }
         self.settle(count, driven)
+    }
+
+    /// Submits what is queued, waits until `min` submissions have ended, and hands all that have to `each`; failed ones
+    /// are skipped. A wait that runs out of time is no error.
+    #[inline]
+    pub(crate) fn turn(&mut self, min: usize, timeout: Option<Duration>, each: impl FnMut(&Completion)) -> Result<()> {
+        let flight = self.flight_mut()?;
+        let driven = flight.drive_for(min, timeout);
+        flight.queue.sweep();
+        flight.take_all(each);
+        driven.map(drop)
+    }
+
+    /// Whether the calling thread owns the stream.
+    #[inline]
+    pub(crate) fn check_thread(&self) -> Result<()> {
+        self.ring().check_thread()
+    }
+
+    /// Whether this is a child of the process that made the stream.
+    pub(crate) fn is_forked(&self) -> bool {
+        self.ring().owner.is_forked()
+    }
+
+    /// Monotonic time, from when the stream was made.
+    #[inline]
+    pub(crate) fn now(&self) -> Duration {
+        self.flight().queue.now()
     }
 
     /// Submits what is queued and waits until `min` records can be taken (by [`poll`](Self::poll) or

@@ -58,7 +58,24 @@ impl AsyncUringStream<'_> {
     ) -> Result<u64> {
         PipelineError::check_range("read target", buffer_offset as u64, len as u64, self.buffer.len() as u64)?;
         let segment = (self.buffer.span().start + buffer_offset, len);
-        self.submit(file.into(), file_offset, None, &[segment], buffer_offset, user_data)
+        self.submit(file.into(), file_offset, None, &[segment], buffer_offset, user_data, 0)
+    }
+
+    /// The same, where the last `slack` bytes may be missing: they are there to make whole blocks. The record then says
+    /// how many bytes came.
+    #[inline]
+    pub(crate) fn submit_with_slack(
+        &mut self,
+        file: FileRef,
+        file_offset: u64,
+        buffer_offset: usize,
+        len: usize,
+        slack: u32,
+        user_data: u64,
+    ) -> Result<u64> {
+        PipelineError::check_range("read target", buffer_offset as u64, len as u64, self.buffer.len() as u64)?;
+        let segment = (self.buffer.span().start + buffer_offset, len);
+        self.submit(file, file_offset, None, &[segment], buffer_offset, user_data, slack)
     }
 
     /// Reads one contiguous stretch of the file, from `file_offset` on, into several ranges (offset, length) of the
@@ -104,7 +121,7 @@ impl AsyncUringStream<'_> {
         let result = if by_address.windows(2).any(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
             Err(PipelineError::invalid("overlapping ranges", "each byte of the buffer can take one byte of the file"))
         } else {
-            self.submit(file, file_offset, None, segments_in_order, first, user_data)
+            self.submit(file, file_offset, None, segments_in_order, first, user_data, 0)
         };
         self.segments = segments;
         result
@@ -149,7 +166,7 @@ impl AsyncUringStream<'_> {
         let what = "read target in a registered buffer";
         PipelineError::check_range(what, buffer_offset as u64, len as u64, entry.len() as u64)?;
         let segment = (entry.start() + buffer_offset, len);
-        self.submit(file.into(), file_offset, Some(Target::Registered(entry)), &[segment], buffer_offset, user_data)
+        self.submit(file.into(), file_offset, Some(Target::Registered(entry)), &[segment], buffer_offset, user_data, 0)
     }
 
     /// Reads from the file registered with the ring as `file_index`; otherwise as
@@ -195,6 +212,7 @@ impl AsyncUringStream<'_> {
     }
 
     #[inline]
+    #[allow(clippy::too_many_arguments, reason = "the one place where every way to submit ends")]
     fn submit(
         &mut self,
         file: FileRef,
@@ -203,6 +221,7 @@ impl AsyncUringStream<'_> {
         segments: &[Segment],
         buffer_offset: usize,
         user_data: u64,
+        slack: u32,
     ) -> Result<u64> {
         let finished = self.finished;
         let flight = self.flight_mut()?;
@@ -217,7 +236,7 @@ impl AsyncUringStream<'_> {
             None => file,
         };
         let buffer_offset = buffer_offset as u64;
-        flight.submit(Request { file, file_offset, target, segments, buffer_offset, user_data })
+        flight.submit(Request { file, file_offset, target, segments, buffer_offset, user_data, slack })
     }
 }
 
