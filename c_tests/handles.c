@@ -1,12 +1,14 @@
 // Handles that are NULL, stale, of another kind or made up are -EBADF everywhere, and nothing is touched.
-#include "check.h"
+#include "queue.h"
 
-enum { KINDS = 7 };
-enum kind { NONE, MAPPED, BUFFER, FILE_, LINE, RING, STREAM, SHARED };
+enum { KINDS = 10 };
+enum kind { NONE, MAPPED, BUFFER, FILE_, LINE, RING, STREAM, SHARED, QUEUE, CONSUMER, DRIVER };
 
 static struct world w;
 static struct ringest_file *file;
 static struct ringest_shared_buffers *shares;
+static struct pipeline p;
+static struct ringest_ring *spare;
 
 // Calls every function that takes a handle with `h` in its place, but those of the kind that `h` is.
 static void every_call(void *h, enum kind kind) {
@@ -15,6 +17,9 @@ static void every_call(void *h, enum kind kind) {
     struct ringest_tail_line *line = NULL;
     struct ringest_stream *stream = NULL;
     struct ringest_shared_buffers *shared = NULL;
+    struct ringest_io_queue *queue = NULL;
+    struct ringest_consumer *consumer = NULL;
+    struct ringest_driver *driver = NULL;
     const struct ringest_tail_line_words *words = NULL;
     struct ringest_features features;
     struct ringest_stream_counters stats;
@@ -51,6 +56,8 @@ static void every_call(void *h, enum kind kind) {
         CALL(-EBADF, ringest_stream_create_u32, w.ring, b, &half, NULL, &stream);
         CALL(-EBADF, ringest_stream_replace_buffer, w.stream, b);
         CALL(-EBADF, ringest_ring_register_buffers, w.ring, list, 1);
+        CALL(-EBADF, ringest_io_queue_create_in, NULL, b, w.buffer, w.buffer, w.buffer, &queue);
+        CALL(-EBADF, ringest_io_queue_create_in, NULL, w.buffer, w.buffer, w.buffer, b, &queue);
         if (h) CALL(-EBADF, ringest_ring_update_buffer, w.ring, 0, b);
     }
     if (kind != FILE_) {
@@ -59,6 +66,12 @@ static void every_call(void *h, enum kind kind) {
         CALL(-EBADF, ringest_file_size, f);
         CALL(-EBADF, ringest_file_direct, f, &half, &half);
         CALL(-EBADF, ringest_stream_submit_read_file, w.stream, f, 0, 0, 1, 0);
+        {
+            struct ringest_ingest_request request = from_file(f, 0, 1, 0);
+            CALL(-EBADF, ringest_driver_submit, p.driver, &request);
+            CALL(-EBADF, ringest_driver_submit_batch, p.driver, &request, 1);
+            CALL(-EBADF, ringest_driver_submit_file, p.driver, f, 0, 1, 0);
+        }
     }
     if (kind != LINE) {
         struct ringest_tail_line *l = (struct ringest_tail_line *)h;
@@ -86,6 +99,8 @@ static void every_call(void *h, enum kind kind) {
         CALL(-EBADF, ringest_stream_create, r, w.buffer, w.line, NULL, &stream);
         CALL(-EBADF, ringest_stream_create_u64, r, w.buffer, &number, NULL, &stream);
         CALL(-EBADF, ringest_stream_create_u32, r, w.buffer, &half, NULL, &stream);
+        CALL(-EBADF, ringest_driver_create, r, p.queue, NULL, &driver);
+        CALL(-EBADF, ringest_driver_create_gpudirect, r, p.queue, NULL, &driver);
     }
     if (kind != STREAM) {
         struct ringest_stream *s = (struct ringest_stream *)h;
@@ -117,14 +132,50 @@ static void every_call(void *h, enum kind kind) {
         CALL(-EBADF, ringest_shared_buffers_free, s);
         CALL(-EBADF, ringest_ring_clone_buffers, w.ring, s);
     }
+    if (kind != QUEUE) {
+        struct ringest_io_queue *q = (struct ringest_io_queue *)h;
+        struct ringest_io_queue_view view;
+        struct ringest_slot_data data;
+        struct ringest_slot slot;
+        memset(&data, 0, sizeof data);
+        CALL(-EBADF, ringest_io_queue_destroy, q);
+        CALL(-EBADF, ringest_io_queue_device_view, q, &view);
+        CALL(-EBADF, ringest_io_queue_host_view, q, &view);
+        CALL(-EBADF, ringest_io_queue_consumers_stopped, q);
+        CALL(-EBADF, ringest_io_queue_reserve, q, &slot);
+        CALL(-EBADF, ringest_io_queue_publish, q, 0, &data);
+        CALL(-EBADF, ringest_io_queue_finish, q);
+        CALL(-EBADF, ringest_io_queue_abort, q, EIO);
+        CALL(-EBADF, ringest_io_queue_aborted, q);
+        CALL(-EBADF, ringest_io_queue_tail, q);
+        CALL(-EBADF, ringest_io_queue_reserved, q);
+        CALL(-EBADF, ringest_io_queue_free_slots, q);
+        CALL(-EBADF, ringest_consumer_create, q, 0, &consumer);
+        CALL(-EBADF, ringest_driver_create, spare, q, NULL, &driver);
+        CALL(-EBADF, ringest_driver_create_gpudirect, spare, q, NULL, &driver);
+    }
+    if (kind != CONSUMER) {
+        struct ringest_consumer *c = (struct ringest_consumer *)h;
+        every_consumer_call(-EBADF, c);
+        CALL(-EBADF, ringest_consumer_destroy, c);
+    }
+    if (kind != DRIVER) {
+        struct ringest_driver *d = (struct ringest_driver *)h;
+        every_driver_call(-EBADF, d, file);
+        every_driver_look(-EBADF, d);
+    }
+    CHECK(!queue && !consumer && !driver);
     CHECK(!mapped && !shared && !buffer && !line && !stream && !words && !number && !half && !place);
     CALL(0, ringest_stream_inflight, w.stream);
+    CALL(0, ringest_driver_in_flight, p.driver);
+    CALL(0, ringest_io_queue_reserved, p.queue);
 }
 
 int main(void) {
     struct world gone;
+    struct pipeline over;
     struct ringest_file *closed;
-    void *live[KINDS], *stale[6], *second[KINDS];
+    void *live[KINDS], *stale[9], *second[KINDS];
     int fd = data_file(100);
     size_t i;
 
@@ -132,10 +183,12 @@ int main(void) {
     CALL(0, ringest_file_from_fd, fd, 0, &file);
     CALL(0, ringest_ring_register_buffers_sparse, w.ring, 1);
     CALL(0, ringest_ring_share_buffers, w.ring, &shares);
+    open_pipeline(&p, 0, 0, 0);
+    CALL(0, ringest_ring_create, NULL, &spare);
     every_call(NULL, NONE);
 
     live[0] = w.mapped, live[1] = w.buffer, live[2] = file, live[3] = w.line, live[4] = w.ring, live[5] = w.stream;
-    live[6] = shares;
+    live[6] = shares, live[7] = p.queue, live[8] = p.consumer, live[9] = p.driver;
     for (i = 0; i < KINDS; i++) every_call(live[i], (enum kind)(i + 1));
 
     // Destroyed ones, whose places are in use again, and ones to be.
@@ -143,14 +196,19 @@ int main(void) {
     CALL(0, ringest_file_from_fd, fd, 0, &closed);
     stale[0] = gone.mapped, stale[1] = gone.buffer, stale[2] = closed;
     stale[3] = gone.line, stale[4] = gone.ring, stale[5] = gone.stream;
+    open_pipeline(&over, 0, 0, 0);
+    stale[6] = over.queue, stale[7] = over.consumer, stale[8] = over.driver;
+    close_pipeline(&over);
     close_world(&gone);
     CALL(0, ringest_file_close, closed);
-    for (i = 0; i < 6; i++) every_call(stale[i], NONE);
+    for (i = 0; i < 9; i++) every_call(stale[i], NONE);
+    open_pipeline(&over, 0, 0, 0);
     open_world(&gone, 4096, 0, 0);
     CALL(0, ringest_file_from_fd, fd, 0, &closed);
-    for (i = 0; i < 6; i++) every_call(stale[i], NONE);
+    for (i = 0; i < 9; i++) every_call(stale[i], NONE);
     second[0] = gone.mapped, second[1] = gone.buffer, second[2] = closed;
     second[3] = gone.line, second[4] = gone.ring, second[5] = gone.stream, second[6] = NULL;
+    second[7] = over.queue, second[8] = over.consumer, second[9] = over.driver;
 
     // Bits that were never a handle, among them pointers, and live handles with one bit changed.
     {
@@ -161,13 +219,18 @@ int main(void) {
             uint64_t changed = (uint64_t)(uintptr_t)live[i / 64] ^ (UINT64_C(1) << (i % 64));
             void *h = (void *)(uintptr_t)changed;
             size_t other;
-            for (other = 0; other < KINDS && changed != (uintptr_t)live[other] && changed != (uintptr_t)second[other];) other++;
+            // Rings are neighbours: one of them may be a bit away.
+            if (h == spare || h == p.ring || h == over.ring) continue;
+            for (other = 0; other < KINDS && h != live[other] && h != second[other];) other++;
             if (other < KINDS) continue;
             every_call(h, NONE);
         }
     }
     CALL(0, ringest_file_close, closed);
     close_world(&gone);
+    close_pipeline(&over);
+    close_pipeline(&p);
+    CALL(0, ringest_ring_destroy, spare);
     CALL(0, ringest_file_close, file);
     CALL(0, ringest_shared_buffers_free, shares);
     close_world(&w);

@@ -32,6 +32,18 @@ int main(void) {
     CALL(-ENOMEM, ringest_ring_update_buffer, w.ring, 0, w.buffer);
     CALL(0, ringest_ring_unregister_buffers, w.ring);
     every_create(-ENOMEM, &w, &strict);
+    {
+        struct ringest_driver_options strictly = {sizeof strictly, RINGEST_DRIVER_STRICT, 0, 0, 0, 0, 0, 0, 0};
+        struct ringest_io_queue *queue;
+        struct ringest_driver *driver = NULL;
+        CALL(0, ringest_io_queue_create, NULL, &queue);
+        CALL(-ENOMEM, ringest_driver_create, w.ring, queue, &strictly, &driver);
+        CHECK(!driver);
+        CALL(0, ringest_driver_create, w.ring, queue, NULL, &driver);
+        CALL(0, ringest_driver_is_registered, driver);
+        CALL(0, ringest_driver_destroy, driver);
+        CALL(0, ringest_io_queue_destroy, queue);
+    }
     // Not strict: it goes unregistered, and says so.
     CALL(0, ringest_stream_create, w.ring, w.buffer, w.line, NULL, &w.stream);
     CALL(0, ringest_stream_is_registered, w.stream);

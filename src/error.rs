@@ -118,6 +118,12 @@ pub enum PipelineError {
     /// Called on a thread (or in a forked child) that does not own the ring. `EPERM`.
     #[error("this ring belongs to the thread that created it; call from there, or create it with RingOptions::movable")]
     WrongThread,
+    /// Used in a child of the process that made it, where its memory is absent. `EPERM`.
+    #[error("{what} belongs to the process that made it, and its memory is not in a forked child; make another here")]
+    Forked {
+        /// What was used.
+        what: &'static str,
+    },
     /// The submission was cancelled. `ECANCELED`.
     #[error("submission {sequence} was cancelled after {bytes} bytes; resubmit it if it is still wanted, or skip it")]
     Cancelled {
@@ -126,6 +132,18 @@ pub enum PipelineError {
         /// Bytes already in place.
         bytes: u64,
     },
+    /// One side of an io_queue gave up. `ECANCELED`.
+    #[error("the io_queue was aborted with errno {errno} ({}); close its driver and make a new one", describe(*errno))]
+    QueueAborted {
+        /// Why.
+        errno: i32,
+    },
+    /// The view is of memory that another io_queue has now. `ESTALE`.
+    #[error("the view is of an io_queue whose memory another one has now; pass a view of the queue that lives")]
+    StaleView,
+    /// The header of an io_queue is not what its view says. `EPROTO`.
+    #[error("the header of the io_queue does not match its view: something else has written to its control block")]
+    BadHeader,
     /// Time ran out. `ETIMEDOUT`.
     #[error("{what} did not finish in time; {fix}")]
     TimedOut {
@@ -158,8 +176,10 @@ impl PipelineError {
             Self::NvmePassthroughDisabled | Self::NotSupported { .. } => libc::EOPNOTSUPP,
             Self::EndOfFile { .. } => libc::ENODATA,
             Self::Busy { .. } => libc::EBUSY,
-            Self::WrongThread => libc::EPERM,
-            Self::Cancelled { .. } => libc::ECANCELED,
+            Self::WrongThread | Self::Forked { .. } => libc::EPERM,
+            Self::Cancelled { .. } | Self::QueueAborted { .. } => libc::ECANCELED,
+            Self::StaleView => libc::ESTALE,
+            Self::BadHeader => libc::EPROTO,
             Self::TimedOut { .. } => libc::ETIMEDOUT,
             Self::OutOfMemory { .. } => libc::ENOMEM,
         }

@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | memory | what bytes land in, and the GPU's address of it | [`memory`] |
 //! | stream | one io_uring, one thread, driven by the caller: submit, poll, a tail word | [`uring`] |
+//! | driver | slots and the device-visible io_queue, filled from files, still driven by the caller | [`ingest`] |
 //!
 //! [`wire`] holds the words shared with consumers, [`error`] what can go wrong; every raw system call is in the private
 //! module `sys`.
@@ -35,6 +36,7 @@
 pub mod error;
 #[doc(hidden)]
 pub mod ffi;
+pub mod ingest;
 pub mod memory;
 mod sys;
 #[cfg(feature = "testing")]
@@ -44,6 +46,11 @@ pub mod uring;
 pub mod wire;
 
 pub use error::{PipelineError, Result};
+pub use ingest::{
+    DriverOptions, DriverReport, IngestCompletion, IngestRequest, IoQueue, IoQueueConsumer, IoQueueLayout,
+    IoQueueMemory, IoQueueOptions, IoQueueSlot, IoSlot, LatencySummary, MovableDriver, NativeReadPath,
+    NvmeGpuIngestDriver, NvmeGpuIngestTelemetry, ReadCount, SlotData,
+};
 pub use memory::{AnyBits, GpuMappedBuffer, HugePages, MappedBuffer, MappedOptions, MemoryKind};
 pub use uring::{
     AsyncUringStream, CloseReport, Completion, DirectAlignment, DirectMode, FileRef, InputFile, IoUringState,

@@ -4,13 +4,17 @@
 //! `RINGEST_FUZZ_SEQUENCES` sets how many; `RINGEST_FUZZ_SEED` (printed on failure) replays one.
 
 use ringest::ffi::buffer::*;
+use ringest::ffi::consumer::*;
+use ringest::ffi::driver::*;
 use ringest::ffi::file::*;
+use ringest::ffi::io_queue::*;
 use ringest::ffi::library::*;
 use ringest::ffi::log::*;
 use ringest::ffi::mapped::*;
 use ringest::ffi::ring::*;
 use ringest::ffi::stream::*;
 use ringest::ffi::tail::*;
+use ringest::wire::{IoQueueView, NO_SEQUENCE};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::{CStr, CString, c_void};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -23,7 +27,7 @@ use std::time::{Duration, Instant};
 // What the header documents
 
 /// Errnos by name, as far as the header or the manual pages that it names speak of them.
-const ERRNOS: [(&str, i32); 31] = [
+const ERRNOS: [(&str, i32); 33] = [
     ("E2BIG", libc::E2BIG),
     ("EACCES", libc::EACCES),
     ("EAGAIN", libc::EAGAIN),
@@ -50,10 +54,12 @@ const ERRNOS: [(&str, i32); 31] = [
     ("EOPNOTSUPP", libc::EOPNOTSUPP),
     ("EPERM", libc::EPERM),
     ("EPIPE", libc::EPIPE),
+    ("EPROTO", libc::EPROTO),
     ("ERANGE", libc::ERANGE),
     ("EREMOTEIO", libc::EREMOTEIO),
     ("EROFS", libc::EROFS),
     ("ESPIPE", libc::ESPIPE),
+    ("ESTALE", libc::ESTALE),
     ("ETIMEDOUT", libc::ETIMEDOUT),
 ];
 
@@ -259,10 +265,13 @@ enum Family {
     Ring,
     Stream,
     Shares,
+    Queue,
+    Consumer,
+    Driver,
 }
 use Family::*;
 
-const FAMILIES: [Family; 7] = [Mapped, Buffer, File, Line, Ring, Stream, Shares];
+const FAMILIES: [Family; 10] = [Mapped, Buffer, File, Line, Ring, Stream, Shares, Queue, Consumer, Driver];
 
 #[derive(Default)]
 struct Pool {
@@ -276,11 +285,39 @@ struct StreamModel {
     tail: u64,
 }
 
+#[derive(Default)]
+struct QueueModel {
+    /// Reserved by hand and not published.
+    reserved: Vec<u64>,
+    tail: u64,
+    /// Its words are in memory that others may write to.
+    exposed: bool,
+}
+
+#[derive(Default)]
+struct ConsumerModel {
+    held: Vec<u64>,
+    queue: usize,
+}
+
+#[derive(Default)]
+struct DriverModel {
+    /// Requests accepted, at least: a stretch of a file may be more than one.
+    least: u64,
+    /// Requests whose end was reported.
+    reported: BTreeSet<u64>,
+    /// Its telemetry was started over.
+    reset: bool,
+}
+
 struct Model<'a> {
     random: Random,
     shared: &'a Shared,
-    pools: [Pool; 7],
+    pools: [Pool; 10],
     streams: HashMap<usize, StreamModel>,
+    queues: HashMap<usize, QueueModel>,
+    consumers: HashMap<usize, ConsumerModel>,
+    drivers: HashMap<usize, DriverModel>,
     owners: Vec<&'static Owner>,
     /// Leaked before this sequence, and by it.
     leaked_before: u64,
@@ -433,7 +470,7 @@ impl Model<'_> {
         // SAFETY: handles may be anything; every other pointer is NULL or a valid place, and memory that reads go to
         // is mapped by ringest or never freed.
         unsafe {
-            match self.random.below(40) {
+            match self.random.below(64) {
                 0..=3 => self.mapped(),
                 4..=8 => self.buffers(),
                 9..=10 => self.files(),
@@ -444,7 +481,14 @@ impl Model<'_> {
                 24..=30 => self.submit(),
                 31..=37 => self.drive(),
                 38 => self.end_stream(),
-                _ => self.library(),
+                39 => self.library(),
+                40..=41 => self.create_queue(),
+                42..=47 => self.use_queue(),
+                48..=53 => self.consume(),
+                54..=55 => self.create_driver(),
+                56..=58 => self.request(),
+                59..=62 => self.drive_driver(),
+                _ => self.end_driver(),
             }
         }
     }
@@ -953,6 +997,447 @@ impl Model<'_> {
         }
     }
 
+    unsafe fn create_queue(&mut self) {
+        let no_out = self.random.one_in(16);
+        let raw = self.options(32, |random, at| match at {
+            4 => random.of(&[2, 4, 8, 3, 131_072]),
+            8 => random.of(&[1, 100, 4096, 10_000, u32::MAX]),
+            12 => random.of(&[128, 4096, 64, 4 << 20]),
+            16 => random.of(&[0, 1, 2, 3, 4]),
+            20 => random.of(&[1, 1, 2, 3, 65_537]),
+            24 => random.of(&[0, 1, 3]),
+            _ => random.of(&[0, 0, 0, 1]),
+        });
+        let options = if self.random.one_in(4) { null() } else { (&raw const raw).cast() };
+        let mut out = null_mut();
+        let place = if no_out { null_mut() } else { &raw mut out };
+        let mut sizes = ringest_io_queue_sizes::default();
+        // SAFETY: see `step`.
+        unsafe {
+            match self.random.below(6) {
+                0 => {
+                    let rc = ringest_io_queue_layout(options, if no_out { null_mut() } else { &mut sizes });
+                    self.judge("ringest_io_queue_layout", rc.into(), !no_out);
+                }
+                1..=2 => {
+                    let parts: Vec<_> = (0..4).map(|_| self.pick::<ringest_buffer>(Buffer)).collect();
+                    let [control, credit, device, slots] = std::array::from_fn(|part| parts[part].0.cast_const());
+                    let rc = ringest_io_queue_create_in(options, control, credit, device, slots, place);
+                    let valid = !no_out && parts.iter().all(|&(_, live)| live);
+                    let rc = self.judge("ringest_io_queue_create_in", rc.into(), valid);
+                    self.born(Queue, rc, out);
+                }
+                _ => {
+                    let rc = ringest_io_queue_create(options, place);
+                    let rc = self.judge("ringest_io_queue_create", rc.into(), !no_out);
+                    self.born(Queue, rc, out);
+                }
+            }
+        }
+        if !out.is_null() {
+            // Memory of buffers is also what reads and other queues write to.
+            let exposed = self.log.last().is_some_and(|call| call.starts_with("ringest_io_queue_create_in"));
+            self.queues.insert(out as usize, QueueModel { exposed, ..QueueModel::default() });
+        }
+    }
+
+    unsafe fn use_queue(&mut self) {
+        let (queue, live) = self.pick::<ringest_io_queue>(Queue);
+        let no_out = self.random.one_in(12);
+        let ok = live && !no_out;
+        let key = queue as usize;
+        let mut view = IoQueueView::default();
+        // SAFETY: see `step`.
+        unsafe {
+            match self.random.below(20) {
+                0 => {
+                    let rc = ringest_io_queue_device_view(queue, if no_out { null_mut() } else { &mut view });
+                    self.judge("ringest_io_queue_device_view", rc.into(), ok);
+                }
+                1 => {
+                    let rc = ringest_io_queue_host_view(queue, if no_out { null_mut() } else { &mut view });
+                    self.sure("ringest_io_queue_host_view", rc.into(), ok);
+                }
+                2..=3 => {
+                    let rc = ringest_io_queue_consumers_stopped(queue);
+                    self.sure("ringest_io_queue_consumers_stopped", rc.into(), live);
+                }
+                4..=7 => {
+                    let mut slot = ringest_slot::default();
+                    let rc = ringest_io_queue_reserve(queue, if no_out { null_mut() } else { &mut slot });
+                    if self.judge("ringest_io_queue_reserve", rc.into(), ok) == 0 {
+                        let model = self.queues.get_mut(&key).unwrap();
+                        assert!(!model.reserved.contains(&slot.sequence), "a sequence twice");
+                        model.reserved.push(slot.sequence);
+                        assert!(slot.bytes > 0 && slot.reserved == [0; 4]);
+                        if !slot.data.is_null() {
+                            slot.data.cast::<u8>().write_bytes(slot.sequence as u8, slot.bytes as usize);
+                        }
+                    }
+                }
+                8..=11 => {
+                    let waiting = self.queues.get(&key).map_or(Vec::new(), |model| model.reserved.clone());
+                    let sequence = match self.random.below(8) {
+                        0 => self.random.of(&[0, 1, 7, u64::MAX]),
+                        _ if waiting.is_empty() => 0,
+                        _ => waiting[self.random.below(waiting.len())],
+                    };
+                    let file_offset = self.offset();
+                    let data = ringest_slot_data {
+                        status: self.random.of(&[0, 0, 0, -5, 1, i32::MIN]),
+                        bytes: self.random.of(&[0, 1, 100, 100, 20_000, u32::MAX]),
+                        tag: self.random.next(),
+                        file_offset,
+                        data_offset: self.random.of(&[file_offset as u32 % 16, 0, 5, u32::MAX]),
+                        flags: self.random.of(&[0, 0, 1, 2]),
+                        ..ringest_slot_data::default()
+                    };
+                    let place = if no_out { null() } else { &raw const data };
+                    let rc = ringest_io_queue_publish(queue, sequence, place);
+                    if self.judge("ringest_io_queue_publish", rc.into(), ok && waiting.contains(&sequence)) == 0 {
+                        self.queues.get_mut(&key).unwrap().reserved.retain(|&other| other != sequence);
+                    }
+                }
+                12 => {
+                    if self.random.one_in(4) {
+                        let rc = ringest_io_queue_finish(queue);
+                        assert!(self.sure("ringest_io_queue_finish", rc.into(), live) <= 1);
+                    }
+                }
+                13 => {
+                    if self.random.one_in(4) {
+                        let error = self.random.of(&[5, 4095, 0, -5, 4096]);
+                        let rc = ringest_io_queue_abort(queue, error);
+                        self.sure("ringest_io_queue_abort", rc.into(), live && (1..=4095).contains(&error));
+                    }
+                }
+                14 => {
+                    let rc = ringest_io_queue_aborted(queue);
+                    assert!(self.sure("ringest_io_queue_aborted", rc.into(), live) <= 4095);
+                }
+                15..=16 => {
+                    let reserved = self.sure("ringest_io_queue_reserved", ringest_io_queue_reserved(queue), live);
+                    let tail = self.sure("ringest_io_queue_tail", ringest_io_queue_tail(queue), live);
+                    if live {
+                        let model = self.queues.get_mut(&key).unwrap();
+                        assert!(
+                            (model.tail..=reserved as u64).contains(&(tail as u64)),
+                            "the tail went back or too far"
+                        );
+                        assert!(model.reserved.iter().all(|&sequence| sequence >= tail as u64), "past what is open");
+                        model.tail = tail as u64;
+                    }
+                }
+                17 => drop(self.sure("ringest_io_queue_free_slots", ringest_io_queue_free_slots(queue), live)),
+                _ => {
+                    let rc = ringest_io_queue_destroy(queue);
+                    if self.judge("ringest_io_queue_destroy", rc.into(), live) == 0 {
+                        assert!(self.consumers.values().all(|consumer| consumer.queue != key), "a consumer has it");
+                        self.died(Queue, queue);
+                        self.queues.remove(&key);
+                    }
+                }
+            }
+        }
+    }
+
+    unsafe fn consume(&mut self) {
+        let (consumer, live) = self.pick::<ringest_consumer>(Consumer);
+        let no_out = self.random.one_in(12);
+        let key = consumer as usize;
+        let time = self.random.of(&[0, 1, 100_000]);
+        let held = self.consumers.get(&key).map_or(Vec::new(), |model| model.held.clone());
+        // SAFETY: see `step`.
+        unsafe {
+            match self.random.below(if self.pools[Consumer as usize].live.is_empty() { 3 } else { 20 }) {
+                0..=1 => {
+                    let (queue, valid) = self.pick::<ringest_io_queue>(Queue);
+                    let index = self.random.of(&[0, 0, 0, 1, 2, u32::MAX]);
+                    let mut out = null_mut();
+                    let rc = ringest_consumer_create(queue, index, if no_out { null_mut() } else { &mut out });
+                    let rc = self.judge("ringest_consumer_create", rc.into(), valid && !no_out);
+                    self.born(Consumer, rc, out);
+                    if rc == 0 {
+                        let queue = queue as usize;
+                        self.consumers.insert(out as usize, ConsumerModel { queue, ..ConsumerModel::default() });
+                    }
+                }
+                2..=9 => {
+                    let mut popped = ringest_popped::default();
+                    let place = if no_out { null_mut() } else { &raw mut popped };
+                    let (name, rc) = if self.random.one_in(2) {
+                        ("ringest_consumer_try_pop", ringest_consumer_try_pop(consumer, place))
+                    } else {
+                        ("ringest_consumer_wait_pop", ringest_consumer_wait_pop(consumer, time, place))
+                    };
+                    let rc = self.sure(name, rc.into(), live && !no_out);
+                    assert!(rc <= 4, "no outcome");
+                    if rc == 0 || rc == 3 {
+                        let model = self.consumers.get_mut(&key).unwrap();
+                        let exposed = self.queues[&model.queue].exposed;
+                        let descriptor = popped.descriptor;
+                        assert!(!model.held.contains(&popped.sequence) || exposed, "a sequence twice");
+                        model.held.retain(|&other| other != popped.sequence);
+                        model.held.push(popped.sequence);
+                        assert_eq!((rc == 3, popped.bytes), (descriptor.status != 0, descriptor.bytes.into()));
+                        assert_eq!((popped.data.is_null(), popped.reserved), (popped.bytes == 0, [0; 5]));
+                        if !popped.data.is_null() {
+                            // Every byte is readable.
+                            let data = std::slice::from_raw_parts(popped.data.cast::<u8>(), popped.bytes as usize);
+                            std::hint::black_box(data.iter().fold(0u8, |sum, &byte| sum.wrapping_add(byte)));
+                        }
+                    }
+                }
+                10..=14 => {
+                    let sequence = match self.random.below(6) {
+                        0 => self.random.of(&[0, 1, 7, u64::MAX]),
+                        _ if held.is_empty() => 3,
+                        _ => held[self.random.below(held.len())],
+                    };
+                    let rc = ringest_consumer_release(consumer, sequence);
+                    let valid = live && held.contains(&sequence);
+                    // In memory that others write to, one slot may have been popped twice.
+                    let exposed = self.consumers.get(&key).is_some_and(|model| self.queues[&model.queue].exposed);
+                    assert!(rc == 0 || !valid || exposed, "not released: {rc}");
+                    if self.judge("ringest_consumer_release", rc.into(), valid) == 0 || valid {
+                        self.consumers.get_mut(&key).unwrap().held.retain(|&other| other != sequence);
+                    }
+                }
+                15 => {
+                    let n = self.random.of(&[0, 1, 5, NO_SEQUENCE]);
+                    let rc = ringest_consumer_wait_tail(consumer, n, time);
+                    assert!(self.sure("ringest_consumer_wait_tail", rc.into(), live) <= 4);
+                }
+                16 => {
+                    let rc = ringest_consumer_hand_back(consumer);
+                    assert!(self.sure("ringest_consumer_hand_back", rc.into(), live) <= 1);
+                }
+                17 => {
+                    let rc = ringest_consumer_error(consumer);
+                    assert!(self.sure("ringest_consumer_error", rc.into(), live) <= 4095);
+                    if self.random.one_in(8) {
+                        let error = self.random.of(&[5, 0, -1, 4096]);
+                        let rc = ringest_consumer_abort(consumer, error);
+                        self.sure("ringest_consumer_abort", rc.into(), live && error == 5);
+                    }
+                }
+                _ => {
+                    let rc = ringest_consumer_destroy(consumer);
+                    if self.sure("ringest_consumer_destroy", rc.into(), live) == 0 {
+                        self.died(Consumer, consumer);
+                        self.consumers.remove(&key);
+                    }
+                }
+            }
+        }
+    }
+
+    unsafe fn create_driver(&mut self) {
+        let (ring, ring_live) = self.pick::<ringest_ring>(Ring);
+        let (queue, queue_live) = self.pick::<ringest_io_queue>(Queue);
+        let no_out = self.random.one_in(16);
+        let raw = self.options(48, |random, at| match at {
+            4 => random.of(&[0, 1, 2, 3, 4, 8, 16]),
+            8 => random.of(&[1, 2, 8, 64, 65_537]),
+            12 => random.of(&[1, 4, 64, 1 << 21]),
+            16 => random.of(&[1, 255, 256]),
+            20 => random.of(&[0, 0, 0, 1]),
+            24 | 32 => random.of(&[1, 1000]),
+            40 => random.of(&[1, 1_000_000]),
+            _ => random.of(&[0, 0, 1]),
+        });
+        // Not its times: nobody waits for years.
+        let options = if self.random.one_in(2) { null() } else { (&raw const raw).cast() };
+        let mut out = null_mut();
+        let place = if no_out { null_mut() } else { &raw mut out };
+        let valid = ring_live && queue_live && !no_out;
+        // SAFETY: see `step`.
+        unsafe {
+            if self.random.one_in(8) {
+                let rc = ringest_driver_create_gpudirect(ring, queue, options, place);
+                self.judge("ringest_driver_create_gpudirect", rc.into(), false);
+                return;
+            }
+            let rc = ringest_driver_create(ring, queue, options, place);
+            let rc = self.judge("ringest_driver_create", rc.into(), valid);
+            self.born(Driver, rc, out);
+        }
+        if !out.is_null() {
+            self.drivers.insert(out as usize, DriverModel::default());
+        }
+    }
+
+    fn a_request(&mut self) -> (ringest_ingest_request, bool) {
+        let (file, live) = self.pick::<ringest_file>(File);
+        let source = self.random.of(&[0, 0, 1, 1, 2, 3]);
+        let request = ringest_ingest_request {
+            file,
+            file_offset: self.offset(),
+            tag: self.random.next() % 4,
+            timeout_ns: self.random.of(&[0, 0, 0, 1, 100_000, u64::MAX]),
+            len: self.random.of(&[0, 1, 100, 4096, 9000, u32::MAX]),
+            source,
+            fd: self.fd(),
+            file_index: self.random.of(&[0, 0, 1, u32::MAX]),
+            reserved: self.random.of(&[[0; 2], [0; 2], [0; 2], [0, 1]]),
+        };
+        (request, request.reserved == [0; 2] && source <= 2 && (live || source != 0))
+    }
+
+    unsafe fn request(&mut self) {
+        let (driver, live) = self.pick::<ringest_driver>(Driver);
+        let least = self.drivers.get(&(driver as usize)).map_or(0, |model| model.least);
+        let no_list = self.random.one_in(12);
+        // SAFETY: see `step`.
+        let next = unsafe {
+            match self.random.below(4) {
+                0..=1 => {
+                    let (request, valid) = self.a_request();
+                    let rc = ringest_driver_submit(driver, if no_list { null() } else { &request });
+                    let rc = self.judge("ringest_driver_submit", rc, live && valid && !no_list);
+                    assert!(rc < 0 || rc as u64 >= least, "numbers count requests");
+                    if rc < 0 { least } else { rc as u64 + 1 }
+                }
+                2 => {
+                    let requests: Vec<_> = (0..self.random.below(6)).map(|_| self.a_request()).collect();
+                    let list: Vec<_> = requests.iter().map(|&(request, _)| request).collect();
+                    let from = if no_list { null() } else { list.as_ptr() };
+                    let rc = ringest_driver_submit_batch(driver, from, list.len() as u32);
+                    let first = requests.first().is_none_or(|&(_, valid)| valid);
+                    let valid = live && first && (!no_list || list.is_empty());
+                    let rc = self.judge("ringest_driver_submit_batch", rc, valid).max(0);
+                    assert!(requests.iter().take(rc as usize).all(|&(_, valid)| valid), "took what is wrong");
+                    least + rc as u64
+                }
+                _ => {
+                    let (file, valid) = self.pick::<ringest_file>(File);
+                    let (at, len) = (self.offset(), self.random.of(&[0, 1, 10_000, 300_000, 1 << 40, u64::MAX]));
+                    let rc = ringest_driver_submit_file(driver, file, at, len, 1);
+                    let rc = self.judge("ringest_driver_submit_file", rc, live && valid);
+                    assert!(rc < 0 || rc as u64 <= len);
+                    least + u64::from(rc >= 0)
+                }
+            }
+        };
+        if let Some(model) = self.drivers.get_mut(&(driver as usize)) {
+            model.least = next;
+        }
+    }
+
+    fn reported(&mut self, driver: *mut ringest_driver, records: &[ringest_ingest_completion]) {
+        for record in records {
+            let model = self.drivers.get_mut(&(driver as usize)).unwrap();
+            assert!(model.reported.insert(record.request), "a request ended twice: {record:?}");
+            assert!(record.bytes <= record.requested && record.status <= 0, "{record:?}");
+            assert!(record.status < 0 || record.bytes == record.requested, "{record:?}");
+            assert!(record.sequence != NO_SEQUENCE || record.status < 0, "whole without a slot: {record:?}");
+            assert_eq!(record.reserved, [0; 4]);
+        }
+    }
+
+    unsafe fn drive_driver(&mut self) {
+        let (driver, live) = self.pick::<ringest_driver>(Driver);
+        let no_out = self.random.one_in(12);
+        let (min, max) = (self.random.of(&[0, 1, 2, u32::MAX]), self.random.of(&[0, 1, 2, 16]));
+        let time = self.random.of(&[0, 1, 200_000]);
+        let mut records = [ringest_ingest_completion::default(); 16];
+        let null = no_out && max > 0;
+        let place = if null { null_mut() } else { records.as_mut_ptr() };
+        // SAFETY: see `step`.
+        unsafe {
+            match self.random.below(20) {
+                0..=1 => drop(self.judge("ringest_driver_poll", ringest_driver_poll(driver), live)),
+                2..=6 => {
+                    let rc = ringest_driver_poll_into(driver, place, max);
+                    let rc = self.judge("ringest_driver_poll_into", rc, live && !null);
+                    assert!(rc <= i64::from(max));
+                    self.reported(driver, &records[..rc.max(0) as usize]);
+                }
+                7..=8 => drop(self.judge("ringest_driver_wait", ringest_driver_wait(driver, min, time), live)),
+                9..=10 => {
+                    let rc = ringest_driver_wait_into(driver, place, max, min, time);
+                    let rc = self.judge("ringest_driver_wait_into", rc, live && !null);
+                    assert!(rc <= i64::from(max));
+                    self.reported(driver, &records[..rc.max(0) as usize]);
+                }
+                11 => drop(self.judge("ringest_driver_drain", ringest_driver_drain(driver, time).into(), live)),
+                12 => {
+                    let rc = ringest_driver_cancel(driver, self.random.next() % 4);
+                    self.judge("ringest_driver_cancel", rc, live);
+                }
+                13 => drop(self.judge("ringest_driver_cancel_all", ringest_driver_cancel_all(driver), live)),
+                14 => {
+                    if self.random.one_in(4) {
+                        self.judge("ringest_driver_finish", ringest_driver_finish(driver).into(), live);
+                    }
+                }
+                15 => {
+                    self.sure("ringest_driver_in_flight", ringest_driver_in_flight(driver), live);
+                    self.sure("ringest_driver_queued", ringest_driver_queued(driver), live);
+                    self.sure("ringest_driver_free_slots", ringest_driver_free_slots(driver), live);
+                    self.sure("ringest_driver_held_slots", ringest_driver_held_slots(driver), live);
+                    self.sure("ringest_driver_read_path", ringest_driver_read_path(driver).into(), live);
+                    self.sure("ringest_driver_is_registered", ringest_driver_is_registered(driver).into(), live);
+                }
+                16..=17 => {
+                    let mut counters = ringest_driver_counters::default();
+                    let rc = ringest_driver_telemetry(driver, if no_out { null_mut() } else { &mut counters });
+                    if self.sure("ringest_driver_telemetry", rc.into(), live && !no_out) == 0 {
+                        let model = &self.drivers[&(driver as usize)];
+                        let ended = counters.completed + counters.failed;
+                        let open = counters.in_flight + counters.queued;
+                        assert!(
+                            model.reset || counters.submitted == ended + open,
+                            "requests went missing: {counters:?}"
+                        );
+                        assert!(model.reset || counters.submitted >= model.least);
+                        assert_eq!(counters.path_reads.iter().sum::<u64>(), counters.completed);
+                        assert!(counters.poisoned_slots <= counters.published_slots);
+                    }
+                }
+                18 => {
+                    let rc = ringest_driver_reset_telemetry(driver);
+                    if self.judge("ringest_driver_reset_telemetry", rc.into(), live) == 0 {
+                        self.drivers.get_mut(&(driver as usize)).unwrap().reset = true;
+                    }
+                }
+                _ => {
+                    let mut view = IoQueueView::default();
+                    let rc = ringest_driver_device_view(driver, if no_out { null_mut() } else { &mut view });
+                    self.judge("ringest_driver_device_view", rc.into(), live && !no_out);
+                }
+            }
+        }
+    }
+
+    unsafe fn end_driver(&mut self) {
+        let (driver, live) = self.pick::<ringest_driver>(Driver);
+        let time = if self.random.one_in(12) { 0 } else { self.random.of(&[-1, 1_000_000_000, i64::MIN]) };
+        let mut counters = ringest_driver_counters::default();
+        let place = if self.random.one_in(2) { null_mut() } else { &raw mut counters };
+        // SAFETY: the place is one, or NULL.
+        let (name, rc) = unsafe {
+            if self.random.one_in(8) {
+                ("ringest_driver_destroy", ringest_driver_destroy(driver))
+            } else {
+                ("ringest_driver_close", ringest_driver_close(driver, time, place))
+            }
+        };
+        self.driver_closed(name, driver, rc, live);
+        if name == "ringest_driver_close" && rc == 0 {
+            assert!(counters.in_flight + counters.queued + counters.leaked_reads == 0, "{counters:?}");
+        }
+    }
+
+    fn driver_closed(&mut self, name: &str, driver: *mut ringest_driver, rc: i32, live: bool) {
+        self.judge(name, rc.into(), live);
+        if rc == 0 || rc == -libc::ETIMEDOUT {
+            self.died(Driver, driver);
+            self.drivers.remove(&(driver as usize));
+            self.leaks += u64::from(rc != 0);
+        }
+    }
+
     unsafe fn library(&mut self) {
         let mut stats = ringest_leaks::default();
         let mut crc = 0;
@@ -965,6 +1450,7 @@ impl Model<'_> {
                     let rc = ringest_leak_stats(if no_out { null_mut() } else { &mut stats });
                     if self.sure("ringest_leak_stats", rc.into(), !no_out) == 0 {
                         assert_eq!(stats.rings, self.leaked_before + self.leaks, "rings leaked");
+                        assert_eq!(stats.queues, 0, "queues leaked");
                     }
                 }
                 1 => {
@@ -995,6 +1481,15 @@ impl Model<'_> {
             self.closed("ringest_stream_close", stream as *mut _, rc, true);
             assert!(rc == 0 || rc == -libc::ETIMEDOUT);
         }
+        for driver in self.pools[Driver as usize].live.clone() {
+            // SAFETY: there is no place for telemetry.
+            let rc = unsafe { ringest_driver_close(driver as *mut _, 20_000_000_000, null_mut()) };
+            self.driver_closed("ringest_driver_close", driver as *mut _, rc, true);
+            assert!(rc == 0 || rc == -libc::ETIMEDOUT);
+        }
+        for &queue in &self.pools[Queue as usize].live {
+            assert_eq!(ringest_io_queue_consumers_stopped(queue as *mut _), 0);
+        }
         let end = |family: Family, call: &dyn Fn(usize) -> i32| {
             for handle in self.pools[family as usize].live.clone() {
                 let rc = call(handle);
@@ -1006,6 +1501,8 @@ impl Model<'_> {
                 last.for_each(|&handle| assert!(call(handle) == -libc::EBADF || self.leaks > 0));
             }
         };
+        end(Consumer, &|handle| ringest_consumer_destroy(handle as *mut _));
+        end(Queue, &|handle| ringest_io_queue_destroy(handle as *mut _));
         end(Ring, &|handle| ringest_ring_destroy(handle as *mut _));
         end(Line, &|handle| ringest_tail_line_free(handle as *mut _));
         end(Shares, &|handle| ringest_shared_buffers_free(handle as *mut _));
@@ -1036,13 +1533,16 @@ fn sequence(shared: &Shared, seed: u64, leaked: &mut u64, log: &mut Vec<String>)
         shared,
         pools: Default::default(),
         streams: HashMap::new(),
+        queues: HashMap::new(),
+        consumers: HashMap::new(),
+        drivers: HashMap::new(),
         owners: Vec::new(),
         leaked_before: *leaked,
         leaks: 0,
         log: std::mem::take(log),
     };
     model.log.clear();
-    let steps = 20 + model.random.below(120);
+    let steps = 20 + model.random.below(180);
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         // Most sequences start with what reads need.
         if !model.random.one_in(8) {
@@ -1059,6 +1559,26 @@ fn sequence(shared: &Shared, seed: u64, leaked: &mut u64, log: &mut Vec<String>)
             model.born(Buffer, 0, buffer);
             model.born(Stream, 0, stream);
             model.streams.insert(stream as usize, StreamModel::default());
+        }
+        if model.random.one_in(2) {
+            let (mut ring, mut queue, mut consumer, mut driver) = (null_mut(), null_mut(), null_mut(), null_mut());
+            let size = size_of::<ringest_io_queue_options>() as u32;
+            let options = ringest_io_queue_options { size, slots: 4, slot_bytes: 9000, ..Default::default() };
+            // SAFETY: every out pointer is a valid place.
+            unsafe {
+                assert_eq!(ringest_ring_create(null(), &mut ring), 0);
+                assert_eq!(ringest_io_queue_create(&options, &mut queue), 0);
+                assert_eq!(ringest_consumer_create(queue, 0, &mut consumer), 0);
+                assert_eq!(ringest_driver_create(ring, queue, null(), &mut driver), 0);
+            }
+            model.born(Ring, 0, ring);
+            model.born(Queue, 0, queue);
+            model.born(Consumer, 0, consumer);
+            model.born(Driver, 0, driver);
+            model.queues.insert(queue as usize, QueueModel::default());
+            let queue = queue as usize;
+            model.consumers.insert(consumer as usize, ConsumerModel { queue, ..ConsumerModel::default() });
+            model.drivers.insert(driver as usize, DriverModel::default());
         }
         for _ in 0..steps {
             if model.random.one_in(24) {

@@ -3,7 +3,10 @@
 mod common;
 
 use common::*;
-use ringest::{AsyncUringStream, Completion, DirectMode, FileRef, InputFile, StreamOptions};
+use ringest::{
+    AsyncUringStream, Completion, DirectMode, DriverOptions, FileRef, IngestCompletion, IngestRequest, InputFile,
+    IoQueue, IoQueueOptions, NvmeGpuIngestDriver, StreamOptions,
+};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::os::fd::{AsFd, AsRawFd};
@@ -129,6 +132,42 @@ fn nothing_is_allocated_per_scatter_read() {
     (0..300).for_each(|_| one());
     let count = allocations(|| (0..100).for_each(|_| one()));
     assert_eq!(count, 0, "in 100 scatter reads");
+}
+
+/// Through a driver: submit, read, publish, pop, release, with requests that wait for a slot.
+#[test]
+fn nothing_is_allocated_per_slot() {
+    let file = TempFile::new(300_000);
+    let options = IoQueueOptions { slots: 16, slot_bytes: 4096, ..IoQueueOptions::default() };
+    let queue = IoQueue::new(options).unwrap();
+    let mut consumer = queue.consumer(0).unwrap();
+    let options = DriverOptions { queue_limit: 16, crc32c: true, ..DriverOptions::default() };
+    let mut driver = NvmeGpuIngestDriver::new(ring!(), queue, options).unwrap();
+    let inputs = [file.open(DirectMode::Off), file.open(DirectMode::Auto)];
+    let mut out = [IngestCompletion::default(); 16];
+    let mut rounds = |rounds: u64| {
+        for round in 0..rounds {
+            let mut popped = 0;
+            for tag in 0..32u64 {
+                let offset = (round * 32 + tag) * 117 % 290_000;
+                let timeout = (tag % 4 == 0).then_some(LONG);
+                let input = &inputs[tag as usize % 2];
+                driver.submit(IngestRequest { timeout, ..IngestRequest::new(input, offset, 4096, tag) }).unwrap();
+            }
+            while popped < 32 {
+                driver.wait(1, Some(LONG)).unwrap();
+                driver.poll_completions_into(&mut out).unwrap();
+                while let Ok(slot) = consumer.try_pop() {
+                    assert_eq!(slot.status(), 0);
+                    consumer.release(slot).unwrap();
+                    popped += 1;
+                }
+            }
+            while driver.poll_completions_into(&mut out).unwrap() > 0 {}
+        }
+    };
+    rounds(3);
+    assert_eq!(allocations(|| rounds(50)), 0, "in 1600 requests");
 }
 
 #[test]

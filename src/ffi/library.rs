@@ -30,8 +30,10 @@ pub struct ringest_leaks {
     pub rings: u64,
     /// Reads that were in flight then.
     pub reads: u64,
-    /// Bytes those reads may still write.
+    /// Bytes those reads may still write, and those of the io_queues.
     pub bytes: u64,
+    /// io_queues whose memory was leaked because consumers might still use it.
+    pub queues: u64,
 }
 
 /// Stores what this process has leaked so far.
@@ -45,7 +47,7 @@ pub unsafe extern "C" fn ringest_leak_stats(stats: *mut ringest_leaks) -> i32 {
     status(|| unsafe {
         super::store(stats, "stats", || {
             let leaked = leak_stats();
-            Ok(ringest_leaks { rings: leaked.rings, reads: leaked.reads, bytes: leaked.bytes })
+            Ok(ringest_leaks { rings: leaked.rings, reads: leaked.reads, bytes: leaked.bytes, queues: leaked.queues })
         })
     })
 }

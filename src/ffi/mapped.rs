@@ -3,7 +3,7 @@
 use super::buffer::BufferObject;
 use super::handle::{Family, Table, create, exclusive, last, shared};
 use super::options::{self, Options};
-use super::{Failure, status, store, value};
+use super::{Failure, Outcome, status, store, value};
 use crate::memory::{HugePages, MappedBuffer, MappedOptions};
 use std::ffi::c_void;
 
@@ -36,6 +36,15 @@ pub enum ringest_huge_pages {
     Require = 2,
 }
 
+pub(super) fn huge_pages(value: u32) -> Outcome<HugePages> {
+    match value {
+        0 => Ok(HugePages::Advise),
+        1 => Ok(HugePages::Off),
+        2 => Ok(HugePages::Require),
+        other => Err(Failure::new(libc::EINVAL, format!("huge_pages {other}: use enum ringest_huge_pages"))),
+    }
+}
+
 /// How mapped memory is allocated. All zero (with size set) means defaults.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -66,14 +75,7 @@ pub unsafe extern "C" fn ringest_mapped_alloc(
     // SAFETY: both pointers are null or valid by the C contract.
     status(|| unsafe {
         let options = options::read(options)?;
-        let huge_pages = match options.huge_pages {
-            0 => HugePages::Advise,
-            1 => HugePages::Off,
-            2 => HugePages::Require,
-            other => {
-                return Err(Failure::new(libc::EINVAL, format!("huge_pages {other}: use enum ringest_huge_pages")));
-            }
-        };
+        let huge_pages = huge_pages(options.huge_pages)?;
         let alignment = usize::try_from(options.alignment).unwrap_or(usize::MAX);
         let options = MappedOptions { alignment, huge_pages };
         store(out, "out", || create::<ringest_mapped>(|| Ok(MappedBuffer::alloc_with(len, options)?)))

@@ -13,8 +13,11 @@
 )]
 
 pub mod buffer;
+pub mod consumer;
+pub mod driver;
 pub mod file;
 mod handle;
+pub mod io_queue;
 pub mod library;
 pub mod log;
 pub mod mapped;

@@ -2,6 +2,7 @@
 
 use super::{Failure, Outcome};
 use std::ffi::c_void;
+use std::time::Duration;
 
 /// Largest option struct that is looked at.
 const LARGEST: u32 = 4096;
@@ -62,6 +63,29 @@ pub(super) fn zero(reserved: &[u64], name: &str) -> Outcome<()> {
     }
     Err(Failure::new(libc::EINVAL, format!("reserved fields of {name} must be 0")))
 }
+
+/// Nanoseconds of an option, 0 for its default.
+pub(super) fn time(ns: u64, default: Duration) -> Duration {
+    if ns == 0 { default } else { Duration::from_nanos(ns) }
+}
+
+/// Retries of an option: 0 stands for the default, unless a flag says that there are none.
+pub(super) fn retries(none: bool, retries: u32, default: u8) -> Outcome<u8> {
+    match (none, retries) {
+        (true, _) => Ok(0),
+        (false, 0) => Ok(default),
+        (false, retries) => u8::try_from(retries)
+            .map_err(|_| Failure::new(libc::EINVAL, format!("max_retries {retries}: use at most 255"))),
+    }
+}
+
+/// How long a call may wait: without limit when negative.
+pub(super) fn timeout(ns: i64) -> Option<Duration> {
+    u64::try_from(ns).ok().map(Duration::from_nanos)
+}
+
+/// Longer than anybody waits, and no problem for a `timespec`.
+pub(super) const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// A pointer that C hands to a callback.
 #[derive(Clone, Copy)]

@@ -1,30 +1,102 @@
 //! Rings.
 
 use super::buffer::ringest_buffer;
+use super::driver::{DriverObject, ringest_driver};
 use super::handle::{Exclusive, Family, Shared, Table, create, exclusive, last, shared};
 use super::options::{self, Options, known_flags};
-use super::stream::ringest_stream;
+use super::stream::{StreamObject, ringest_stream};
 use super::{Failure, Outcome, elements, status, store, value};
+use crate::error::PipelineError;
 use crate::memory::GpuMappedBuffer;
 use crate::uring::{IoUringState, RingOptions, RingRegistrations, SharedBuffers, SqPoll};
 
 /// An io_uring with its registered buffers and files. Belongs to the thread that created it, unless movable; one call at a
 /// time (-EBUSY otherwise).
 ///
-/// A stream takes it over (ringest_stream_create); the handle then still serves for registrations, and has the ring
-/// back when the stream is closed.
+/// A stream or a driver takes it over (ringest_stream_create, ringest_driver_create); the handle then still serves for
+/// registrations, and has the ring back when that is closed. Closed without its ring (the kernel kept reads, or the
+/// owner had exited), the ring is gone.
 pub struct ringest_ring {
     _opaque: (),
 }
 
 /// Where the ring of a handle is.
 pub(super) enum Place {
-    /// Free for a stream.
+    /// Free to be taken over.
     Here(Box<IoUringState>),
     /// In this stream.
     Stream(*mut ringest_stream),
-    /// Gone with a stream: leaked, or its thread had exited.
+    /// In this driver.
+    Driver(*mut ringest_driver),
+    /// Gone with what had it: leaked, or its thread had exited.
     Gone,
+}
+
+impl Place {
+    /// Why the ring cannot be taken over.
+    fn refusal(&self) -> Failure {
+        let (errno, message) = match self {
+            Self::Here(_) => unreachable!("it can"),
+            Self::Stream(_) => (libc::EBUSY, "a stream has the ring: close the stream first"),
+            Self::Driver(_) => (libc::EBUSY, "a driver has the ring: close the driver first"),
+            Self::Gone => (libc::ENODEV, "the ring went with what had it and could not give it back: create another"),
+        };
+        Failure::new(errno, message)
+    }
+}
+
+/// Makes something that takes a ring over, and its handle. When that fails, the ring stays with its own.
+pub(super) fn lend<F: Family>(
+    ring: *mut ringest_ring,
+    holder: fn(*mut F) -> Place,
+    make: impl FnOnce(IoUringState) -> Result<F::Object, (Box<IoUringState>, PipelineError)>,
+) -> Outcome<*mut F> {
+    let mut place = exclusive(ring.cast_const())?;
+    let mut state = match std::mem::replace(&mut *place, Place::Gone) {
+        Place::Here(state) => state,
+        other => {
+            let refusal = other.refusal();
+            *place = other;
+            return Err(refusal);
+        }
+    };
+    state.adopt_if_movable();
+    let mut back = Some(state);
+    let handle = create::<F>(|| {
+        let Some(state) = back.take() else { unreachable!("called once") };
+        make(*state).map_err(|(state, error)| {
+            back = Some(state);
+            error.into()
+        })
+    });
+    *place = match (&handle, back) {
+        (Ok(handle), _) => holder(*handle),
+        (Err(_), Some(state)) => Place::Here(state),
+        (Err(_), None) => Place::Gone,
+    };
+    handle
+}
+
+/// Puts a ring back behind its handle, which cannot be destroyed meanwhile; `None` and an error: it is gone. A call that
+/// looks at the handle is over at once: it finds a stream or driver that is no more.
+pub(super) fn give_back(ring: *mut ringest_ring, left: crate::Result<Option<IoUringState>>) -> Outcome<()> {
+    let (place, outcome) = match left {
+        Ok(Some(state)) => (Place::Here(Box::new(state)), Ok(())),
+        Ok(None) => (Place::Gone, Ok(())),
+        Err(error) => (Place::Gone, Err(error.into())),
+    };
+    let mut place = Some(place);
+    while let Some(returned) = place.take() {
+        match exclusive(ring.cast_const()) {
+            Ok(mut entry) => *entry = returned,
+            Err(failure) if failure.errno() == libc::EBUSY => {
+                std::thread::yield_now();
+                place = Some(returned);
+            }
+            Err(_) => {}
+        }
+    }
+    outcome
 }
 
 static TABLE: Table<Place> = Table::new(5, "ringest_ring");
@@ -42,7 +114,7 @@ pub const RINGEST_RING_SQPOLL: u32 = 1 << 0;
 pub const RINGEST_RING_SQPOLL_CPU: u32 = 1 << 1;
 /// Completions are polled for (O_DIRECT on devices with poll queues).
 pub const RINGEST_RING_IOPOLL: u32 = 1 << 2;
-/// Any thread may use the ring and its stream, one at a time.
+/// Any thread may use the ring and what has it, one at a time.
 pub const RINGEST_RING_MOVABLE: u32 = 1 << 3;
 /// 128-byte SQEs and 32-byte CQEs, which NVMe passthrough needs.
 pub const RINGEST_RING_BIG_ENTRIES: u32 = 1 << 4;
@@ -143,25 +215,22 @@ pub struct ringest_features {
 /// The ring of a handle, wherever it is, during a call.
 enum Entered {
     Here(Exclusive<Place>),
-    Stream(Exclusive<super::stream::StreamObject>),
+    Stream(Exclusive<StreamObject>),
+    Driver(Exclusive<DriverObject>),
 }
 
 impl Entered {
     fn new(handle: *const ringest_ring) -> Outcome<Self> {
         let place = exclusive(handle)?;
+        let closing = |failure: Failure| match failure.errno() {
+            libc::EBADF => Failure::new(libc::EBUSY, "what has the ring is being closed: wait for that"),
+            _ => failure,
+        };
         match *place {
             Place::Here(_) => Ok(Self::Here(place)),
-            Place::Stream(stream) => match exclusive(stream.cast_const()) {
-                Ok(stream) => Ok(Self::Stream(stream)),
-                Err(failure) if failure.errno() == libc::EBADF => {
-                    Err(Failure::new(libc::EBUSY, "the ring's stream is being closed: wait for that"))
-                }
-                Err(failure) => Err(failure),
-            },
-            Place::Gone => Err(Failure::new(
-                libc::ENODEV,
-                "the ring went with a stream that could not give it back: create another",
-            )),
+            Place::Stream(stream) => exclusive(stream.cast_const()).map(Self::Stream).map_err(closing),
+            Place::Driver(driver) => exclusive(driver.cast_const()).map(Self::Driver).map_err(closing),
+            Place::Gone => Err(place.refusal()),
         }
     }
 
@@ -172,6 +241,7 @@ impl Entered {
                 _ => unreachable!("checked on entry"),
             },
             Self::Stream(stream) => stream.stream.ring(),
+            Self::Driver(driver) => driver.driver.ring(),
         }
     }
 
@@ -182,6 +252,7 @@ impl Entered {
                 _ => unreachable!("checked on entry"),
             },
             Self::Stream(stream) => return Ok(stream.stream.enter().ring_mut()?),
+            Self::Driver(driver) => return Ok(driver.driver.enter().ring_mut()?),
         };
         ring.adopt_if_movable();
         Ok(RingRegistrations::new(ring))
@@ -207,17 +278,17 @@ pub unsafe extern "C" fn ringest_ring_create(options: *const ringest_ring_option
     })
 }
 
-/// Destroys a ring that is in no stream.
+/// Destroys a ring that is in no stream and no driver.
 ///
 /// Any thread.
 ///
-/// Errors: -EBADF; -EBUSY while a stream has it, or another thread is in a call with this handle.
+/// Errors: -EBADF; -EBUSY while a stream or driver has it, or another thread is in a call with this handle.
 #[unsafe(no_mangle)]
 pub extern "C" fn ringest_ring_destroy(ring: *mut ringest_ring) -> i32 {
     status(|| {
         let place = last(ring)?;
-        if matches!(*place, Place::Stream(_)) {
-            return Err(Failure::new(libc::EBUSY, "a stream has the ring: close the stream first"));
+        if matches!(*place, Place::Stream(_) | Place::Driver(_)) {
+            return Err(place.refusal());
         }
         drop(place.take());
         Ok(())
@@ -226,9 +297,9 @@ pub extern "C" fn ringest_ring_destroy(ring: *mut ringest_ring) -> i32 {
 
 /// Stores what the ring really got.
 ///
-/// Any thread, while no other is in a call with this ring or its stream.
+/// Any thread, while no other is in a call with this ring or with what has it.
 ///
-/// Errors: -EBADF; -EBUSY; -EINVAL when features is NULL; -ENODEV when the ring went with a stream.
+/// Errors: -EBADF; -EBUSY; -EINVAL when features is NULL; -ENODEV when the ring is gone.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ringest_ring_features(ring: *const ringest_ring, features: *mut ringest_features) -> i32 {
     // SAFETY: `features` is null or valid by the C contract.
@@ -248,9 +319,9 @@ pub unsafe extern "C" fn ringest_ring_features(ring: *const ringest_ring, featur
 
 /// The ring's file descriptor, for poll(2) and the like. Not to be closed.
 ///
-/// Any thread, while no other is in a call with this ring or its stream.
+/// Any thread, while no other is in a call with this ring or with what has it.
 ///
-/// Errors: -EBADF; -EBUSY; -ENODEV when the ring went with a stream.
+/// Errors: -EBADF; -EBUSY; -ENODEV when the ring is gone.
 #[unsafe(no_mangle)]
 pub extern "C" fn ringest_ring_fd(ring: *const ringest_ring) -> i32 {
     value(|| Ok(Entered::new(ring)?.ring().fd().into())) as i32
@@ -262,7 +333,7 @@ pub extern "C" fn ringest_ring_fd(ring: *const ringest_ring) -> i32 {
 ///
 /// Errors: -EBADF for any of the handles; -EBUSY when buffers are registered already; -EINVAL for none or buffers
 /// NULL; -ENOMEM over RLIMIT_MEMLOCK; -EFAULT for file-backed, read-only or unmapped memory; -EOPNOTSUPP for device
-/// memory; -EAGAIN when buffer_slots is too small; -EPERM on another thread; -ENODEV when the ring went with a stream. On
+/// memory; -EAGAIN when buffer_slots is too small; -EPERM on another thread; -ENODEV when the ring is gone. On
 /// failure nothing is registered.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ringest_ring_register_buffers(
@@ -284,7 +355,7 @@ pub unsafe extern "C" fn ringest_ring_register_buffers(
 /// The owning thread.
 ///
 /// Errors: -EBADF; -EBUSY when buffers are registered already; -EINVAL for 0 or more than 16384; -EOPNOTSUPP on older
-/// kernels; -EPERM on another thread; -ENODEV when the ring went with a stream.
+/// kernels; -EPERM on another thread; -ENODEV when the ring is gone.
 #[unsafe(no_mangle)]
 pub extern "C" fn ringest_ring_register_buffers_sparse(ring: *mut ringest_ring, count: u32) -> i32 {
     status(|| Ok(Entered::new(ring)?.ring_mut()?.register_buffers_sparse(count)?))
@@ -313,7 +384,7 @@ pub extern "C" fn ringest_ring_update_buffer(
 /// The owning thread.
 ///
 /// Errors: -EBADF; -EINVAL when none are registered; -EBUSY before Linux 5.19 while reads use them; -EPERM on another
-/// thread; -ENODEV when the ring went with a stream.
+/// thread; -ENODEV when the ring is gone.
 #[unsafe(no_mangle)]
 pub extern "C" fn ringest_ring_unregister_buffers(ring: *mut ringest_ring) -> i32 {
     status(|| Ok(Entered::new(ring)?.ring_mut()?.unregister_buffers()?))
@@ -340,7 +411,7 @@ impl Family for ringest_shared_buffers {
 /// The owning thread. Free with ringest_shared_buffers_free.
 ///
 /// Errors: -EBADF; -EINVAL when no buffers are registered or out is NULL; -EOPNOTSUPP on older kernels; -EMFILE; -ENOMEM;
-/// -EPERM on another thread; -ENODEV when the ring went with a stream.
+/// -EPERM on another thread; -ENODEV when the ring is gone.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ringest_ring_share_buffers(
     ring: *const ringest_ring,
@@ -373,7 +444,7 @@ pub extern "C" fn ringest_shared_buffers_free(buffers: *mut ringest_shared_buffe
 /// The owning thread.
 ///
 /// Errors: -EBADF for either handle; -EBUSY when ring has buffers;
-/// -EOPNOTSUPP on kernels before 6.12; -EPERM on another thread; -ENODEV when the ring went with a stream.
+/// -EOPNOTSUPP on kernels before 6.12; -EPERM on another thread; -ENODEV when the ring is gone.
 #[unsafe(no_mangle)]
 pub extern "C" fn ringest_ring_clone_buffers(ring: *mut ringest_ring, source: *const ringest_shared_buffers) -> i32 {
     status(|| {
@@ -387,7 +458,7 @@ pub extern "C" fn ringest_ring_clone_buffers(ring: *mut ringest_ring, source: *c
 /// The owning thread.
 ///
 /// Errors: -EBADF for the ring or a descriptor; -EBUSY when files are registered already; -EINVAL for none or fds
-/// NULL; -EMFILE over RLIMIT_NOFILE; -EPERM on another thread; -ENODEV when the ring went with a stream.
+/// NULL; -EMFILE over RLIMIT_NOFILE; -EPERM on another thread; -ENODEV when the ring is gone.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ringest_ring_register_files(ring: *mut ringest_ring, fds: *const i32, count: u32) -> i32 {
     status(|| {
@@ -402,7 +473,7 @@ pub unsafe extern "C" fn ringest_ring_register_files(ring: *mut ringest_ring, fd
 /// The owning thread.
 ///
 /// Errors: -EBADF; -EBUSY when files are registered already; -EINVAL for 0; -EMFILE over RLIMIT_NOFILE; -EPERM on
-/// another thread; -ENODEV when the ring went with a stream.
+/// another thread; -ENODEV when the ring is gone.
 #[unsafe(no_mangle)]
 pub extern "C" fn ringest_ring_register_files_sparse(ring: *mut ringest_ring, count: u32) -> i32 {
     status(|| Ok(Entered::new(ring)?.ring_mut()?.register_files_sparse(count)?))
@@ -413,7 +484,7 @@ pub extern "C" fn ringest_ring_register_files_sparse(ring: *mut ringest_ring, co
 /// The owning thread.
 ///
 /// Errors: -EBADF for the ring or the descriptor; -ERANGE for an index beyond the table; -EBUSY while a read of the old
-/// file is unfinished; -EPERM on another thread; -ENODEV when the ring went with a stream.
+/// file is unfinished; -EPERM on another thread; -ENODEV when the ring is gone.
 #[unsafe(no_mangle)]
 pub extern "C" fn ringest_ring_update_file(ring: *mut ringest_ring, index: u32, fd: i32) -> i32 {
     status(|| Ok(Entered::new(ring)?.ring_mut()?.update_file(index, (fd != -1).then_some(fd))?))
@@ -424,7 +495,7 @@ pub extern "C" fn ringest_ring_update_file(ring: *mut ringest_ring, index: u32, 
 /// The owning thread.
 ///
 /// Errors: -EBADF; -EINVAL when none are registered; -EBUSY while a read of one is unfinished; -EPERM on another thread;
-/// -ENODEV when the ring went with a stream.
+/// -ENODEV when the ring is gone.
 #[unsafe(no_mangle)]
 pub extern "C" fn ringest_ring_unregister_files(ring: *mut ringest_ring) -> i32 {
     status(|| Ok(Entered::new(ring)?.ring_mut()?.unregister_files()?))

@@ -2,9 +2,9 @@
 
 use super::buffer::ringest_buffer;
 use super::file::ringest_file;
-use super::handle::{Exclusive, Family, Table, create, exclusive, last, shared};
+use super::handle::{Exclusive, Family, Table, exclusive, last, shared};
 use super::options::{self, Options, known_flags};
-use super::ring::{Place, ringest_ring};
+use super::ring::{self, Place, ringest_ring};
 use super::tail::ringest_tail_line;
 use super::{Failure, Outcome, check_count, elements, status, store, value};
 use crate::uring::{AsyncUringStream, Completion, FileRef, StreamOptions, TailWord};
@@ -78,21 +78,14 @@ fn stream_options(options: &ringest_stream_options) -> Outcome<StreamOptions> {
     options::zero(&[options.reserved.into()], "ringest_stream_options")?;
     let has = |flag| options.flags & flag != 0;
     let defaults = StreamOptions::default();
-    let max_retries = match (has(RINGEST_STREAM_NO_RETRY), options.max_retries) {
-        (true, _) => 0,
-        (false, 0) => defaults.max_retries,
-        (false, retries) => u8::try_from(retries)
-            .map_err(|_| Failure::new(libc::EINVAL, format!("max_retries {retries}: use at most 255")))?,
-    };
-    let time = |ns: u64, default| if ns == 0 { default } else { Duration::from_nanos(ns) };
     Ok(StreamOptions {
         depth: options.depth,
         window: options.window,
         unregistered: has(RINGEST_STREAM_UNREGISTERED),
         strict: has(RINGEST_STREAM_STRICT),
-        max_retries,
-        retry_backoff: time(options.retry_backoff_ns, defaults.retry_backoff),
-        close_timeout: time(options.close_timeout_ns, defaults.close_timeout),
+        max_retries: options::retries(has(RINGEST_STREAM_NO_RETRY), options.max_retries, defaults.max_retries)?,
+        retry_backoff: options::time(options.retry_backoff_ns, defaults.retry_backoff),
+        close_timeout: options::time(options.close_timeout_ns, defaults.close_timeout),
     })
 }
 
@@ -203,36 +196,10 @@ fn make(
                 let tail = tail()?;
                 // SAFETY: as for ringest_buffer_duplicate, by the C contract.
                 let buffer = shared(buffer)?.duplicate();
-                let mut place = exclusive(ring.cast_const())?;
-                let mut state = match std::mem::replace(&mut *place, Place::Gone) {
-                    Place::Here(state) => state,
-                    other => {
-                        let (errno, message) = match other {
-                            Place::Gone => (libc::ENODEV, "the ring went with an earlier stream: create another"),
-                            _ => (libc::EBUSY, "another stream has the ring: close it first"),
-                        };
-                        *place = other;
-                        return Err(Failure::new(errno, message));
-                    }
-                };
-                state.adopt_if_movable();
-                let mut back = Some(state);
-                let handle = create::<ringest_stream>(|| {
-                    let Some(state) = back.take() else { unreachable!("called once") };
-                    match AsyncUringStream::try_new(*state, buffer, tail, options) {
-                        Ok(stream) => Ok(StreamObject { stream, ring }),
-                        Err((state, error)) => {
-                            back = Some(state);
-                            Err(error.into())
-                        }
-                    }
-                });
-                *place = match (&handle, back) {
-                    (Ok(handle), _) => Place::Stream(*handle),
-                    (Err(_), Some(state)) => Place::Here(state),
-                    (Err(_), None) => Place::Gone,
-                };
-                handle
+                ring::lend(ring, Place::Stream, |state| {
+                    let stream = AsyncUringStream::try_new(state, buffer, tail, options)?;
+                    Ok(StreamObject { stream, ring })
+                })
             })
         }
     })
@@ -247,9 +214,9 @@ fn make(
 /// The thread that owns the ring. Close with ringest_stream_close or ringest_stream_destroy. The handles of buffer (if
 /// not wrapped memory) and line may be released before that.
 ///
-/// Errors: -EBADF for any of the handles; -EBUSY when another stream has the ring; -EINVAL for options out of range or
-/// out NULL; -E2BIG for an option struct with unknown fields; -EPERM on another thread; -ENODEV when the ring went
-/// with a stream; when strict also those of ringest_ring_register_buffers. On failure the ring stays usable.
+/// Errors: -EBADF for any of the handles; -EBUSY when another stream or a driver has the ring; -EINVAL for options out
+/// of range or out NULL; -E2BIG for an option struct with unknown fields; -EPERM on another thread; -ENODEV when the
+/// ring is gone; when strict also those of ringest_ring_register_buffers. On failure the ring stays usable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ringest_stream_create(
     ring: *mut ringest_ring,
@@ -494,10 +461,7 @@ pub unsafe extern "C" fn ringest_stream_poll_into(
 /// Errors: -EBADF; -ETIMEDOUT; -EPERM on another thread; those of io_uring_enter(2).
 #[unsafe(no_mangle)]
 pub extern "C" fn ringest_stream_wait(stream: *mut ringest_stream, min: u32, timeout_ns: i64) -> i64 {
-    value(|| {
-        let timeout = u64::try_from(timeout_ns).ok().map(Duration::from_nanos);
-        Ok(enter(stream)?.stream.wait_for_completion(min as usize, timeout)? as i64)
-    })
+    value(|| Ok(enter(stream)?.stream.wait_for_completion(min as usize, options::timeout(timeout_ns))? as i64))
 }
 
 /// Reads a failed submission once more, into the same place, from its beginning.
@@ -644,7 +608,7 @@ pub unsafe extern "C" fn ringest_stream_stats(
 /// logged, because the device may still write; -EPERM on another thread: nothing changes.
 #[unsafe(no_mangle)]
 pub extern "C" fn ringest_stream_close(stream: *mut ringest_stream, timeout_ns: i64) -> i32 {
-    status(|| close(stream, Some(u64::try_from(timeout_ns).map_or(FOREVER, Duration::from_nanos))))
+    status(|| close(stream, Some(options::timeout(timeout_ns).unwrap_or(options::FOREVER))))
 }
 
 /// As ringest_stream_close with the stream's close_timeout_ns.
@@ -655,41 +619,15 @@ pub extern "C" fn ringest_stream_destroy(stream: *mut ringest_stream) -> i32 {
     status(|| close(stream, None))
 }
 
-/// Longer than anybody waits, and no problem for a `timespec`.
-const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
-
 fn close(handle: *mut ringest_stream, timeout: Option<Duration>) -> Outcome<()> {
     let mut entered = last(handle.cast_const())?;
     if entered.was_poisoned() {
         let StreamObject { stream, ring } = entered.take();
         stream.abandon();
-        give_back(ring, Place::Gone);
-        return Ok(());
+        return ring::give_back(ring, Ok(None));
     }
     entered.stream.enter().check_closable()?;
     let StreamObject { stream, ring } = entered.take();
     let timeout = timeout.unwrap_or(stream.close_timeout());
-    let (place, outcome) = match stream.close_anywhere(timeout) {
-        Ok(Some(report)) => (Place::Here(Box::new(report.ring)), Ok(())),
-        Ok(None) => (Place::Gone, Ok(())),
-        Err(error) => (Place::Gone, Err(error.into())),
-    };
-    give_back(ring, place);
-    outcome
-}
-
-/// Puts a ring back behind its handle, which cannot be destroyed meanwhile. A call that looks at it is over at once: it
-/// finds a stream that is gone.
-fn give_back(ring: *mut ringest_ring, place: Place) {
-    let mut place = Some(place);
-    while let Some(returned) = place.take() {
-        match exclusive(ring.cast_const()) {
-            Ok(mut entry) => *entry = returned,
-            Err(failure) if failure.errno() == libc::EBUSY => {
-                std::thread::yield_now();
-                place = Some(returned);
-            }
-            Err(_) => {}
-        }
-    }
+    ring::give_back(ring, stream.close_anywhere(timeout).map(|report| report.map(|report| report.ring)))
 }

@@ -4,8 +4,7 @@ use super::buffer::ringest_buffer;
 use super::handle::{Family, Table, create, last, shared};
 use super::{status, store};
 use crate::uring::TailLine;
-use crate::wire::TailLineWords;
-use std::mem::offset_of;
+use crate::wire::TailLineLayout;
 
 /// A tail line: the words by which a consumer follows a stream, learns of failure, and of the end.
 ///
@@ -22,53 +21,6 @@ impl Family for ringest_tail_line {
         &TABLE
     }
 }
-
-/// The words of a tail line, 128 bytes at a multiple of 128. Written by the stream alone; read them atomically.
-///
-/// A consumer that waits for submission n loads tail (acquire). While it is <= n the consumer looks at first_bad (<= n:
-/// it may never come) and state. When it is > n the data is in place, unless first_bad, loaded after, is <= n.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub struct ringest_tail_line_words {
-    /// Submissions, from the first on, whose every byte is in place (or that were skipped).
-    pub tail: u64,
-    /// Lowest submission that failed or was skipped; UINT64_MAX when there is none. Withdrawn when a failed submission
-    /// succeeds on resubmission; final once it was skipped.
-    pub first_bad: u64,
-    /// enum ringest_state.
-    pub state: u32,
-    /// -errno of first_bad while there is one, or of an abort.
-    pub error: i32,
-    /// Number of submissions; valid once state is not RINGEST_STATE_OPEN.
-    pub end: u64,
-    /// Zero.
-    pub reserved: [u64; 12],
-}
-
-/// Values of a state word.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ringest_state {
-    /// Submissions may follow.
-    Open = 0,
-    /// No submission follows `end`.
-    End = 1,
-    /// The producer gave up; `error` says why.
-    Aborted = 2,
-}
-
-const _: () = {
-    use crate::wire::state;
-    assert!(size_of::<ringest_tail_line_words>() == size_of::<TailLineWords>());
-    assert!(offset_of!(ringest_tail_line_words, tail) == offset_of!(TailLineWords, tail));
-    assert!(offset_of!(ringest_tail_line_words, first_bad) == offset_of!(TailLineWords, first_bad));
-    assert!(offset_of!(ringest_tail_line_words, state) == offset_of!(TailLineWords, state));
-    assert!(offset_of!(ringest_tail_line_words, error) == offset_of!(TailLineWords, error));
-    assert!(offset_of!(ringest_tail_line_words, end) == offset_of!(TailLineWords, end));
-    assert!(ringest_state::Open as u32 == state::OPEN);
-    assert!(ringest_state::End as u32 == state::END);
-    assert!(ringest_state::Aborted as u32 == state::ABORTED);
-};
 
 /// Allocates a tail line in memory of its own and stores a handle in *out.
 ///
@@ -120,7 +72,7 @@ pub extern "C" fn ringest_tail_line_free(line: *mut ringest_tail_line) -> i32 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ringest_tail_line_host_ptr(
     line: *const ringest_tail_line,
-    out: *mut *const ringest_tail_line_words,
+    out: *mut *const TailLineLayout,
 ) -> i32 {
     // SAFETY: `out` is null or valid by the C contract.
     status(|| unsafe { store(out, "out", || Ok(std::ptr::from_ref(shared(line)?.words()).cast())) })

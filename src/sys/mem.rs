@@ -21,13 +21,10 @@ pub(crate) const HUGE_PAGE: usize = 2 << 20;
 
 /// Size of a base page.
 pub(crate) fn page_size() -> usize {
-    use std::sync::OnceLock;
-    static SIZE: OnceLock<usize> = OnceLock::new();
-    *SIZE.get_or_init(|| {
-        // SAFETY: sysconf has no preconditions.
-        let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-        usize::try_from(size).unwrap_or(4096)
-    })
+    // The C library knows it without a system call; a `OnceLock` could be caught half done by a fork.
+    // SAFETY: sysconf has no preconditions.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size).unwrap_or(4096)
 }
 
 /// An owned anonymous mapping; unmapped on drop.

@@ -1,8 +1,8 @@
 //! Who owns a ring: thread identity that survives neither thread exit nor fork.
 
 use std::cell::OnceCell;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Once, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 static FORKS: AtomicU64 = AtomicU64::new(0);
 
@@ -17,12 +17,15 @@ pub(crate) struct Process(u64);
 
 impl Process {
     pub(crate) fn current() -> Self {
-        static HANDLER: Once = Once::new();
-        HANDLER.call_once(|| {
+        // Not a `Once`: a child forked while another thread is inside would wait for ever. Threads that come here at the
+        // same time may install the handler twice, and forks then count double, which is as good.
+        static INSTALLED: AtomicBool = AtomicBool::new(false);
+        if !INSTALLED.load(Ordering::Relaxed) {
             // SAFETY: the handler is async-signal-safe: one atomic add. Failure (ENOMEM) only loses the check in a
             // forked child, where the ring's memory is absent anyway (MADV_DONTFORK).
             unsafe { libc::pthread_atfork(None, None, Some(after_fork_in_child)) };
-        });
+            INSTALLED.store(true, Ordering::Relaxed);
+        }
         Self(FORKS.load(Ordering::Relaxed))
     }
 
