@@ -22,6 +22,7 @@ pub(crate) struct Args {
 
 /// `ringest demo`.
 pub(crate) fn run(args: &Args) -> Outcome<()> {
+    args.how.mode()?;
     let dir = args.dir.clone().unwrap_or_else(std::env::temp_dir);
     let path = dir.join(format!("ringest-demo-{}.bin", std::process::id()));
     create(&path, DEMO_BYTES)?;

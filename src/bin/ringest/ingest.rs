@@ -1,29 +1,29 @@
-//! `ringest ingest`: files through one stream into a bounded buffer, with a consumer that follows the tail.
+//! `ringest ingest`: files through a driver into an io_queue, and consumer threads that empty it.
 
-use crate::consumer::{Acknowledged, Consumer, Patience};
+use crate::consumer;
 use crate::measure::Watch;
+use crate::producer::{Produced, Producer};
 use crate::progress::Progress;
 use crate::report::{self, Failure, FileReport, Outcome, Summary, parse_size};
+use crate::sums::Sums;
 use clap::ValueEnum;
+use ringest::wire::ConsumeMode;
 use ringest::{
-    AsyncUringStream, Completion, DirectMode, FileRef, GpuMappedBuffer, InputFile, IoUringState, MappedBuffer,
-    PipelineError, RingOptions, SqPoll, StreamOptions, StreamStats, TailLine,
+    DirectMode, DriverOptions, InputFile, IoQueue, IoQueueConsumer, IoQueueOptions, IoUringState, NvmeGpuIngestDriver,
+    RingOptions, SqPoll,
 };
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
-/// Most memory for the buffer: enough to keep any drive busy.
+/// Most memory for slots, unless their number is given: enough to keep any drive busy.
 const BUFFER_LIMIT: u64 = 256 << 20;
 
-/// A wait for completions ends at least this often, so that the progress display moves and a dead consumer is noticed.
-const LOOK_UP: Duration = Duration::from_millis(250);
-
-/// System calls in a row that may fail for want of resources before the ingest gives up.
-const STRIKES: u32 = 10_000;
+/// Most memory for slots in any case: it is pinned.
+const MEMORY_LIMIT: u64 = 4 << 30;
 
 /// Options of `ringest ingest`.
 #[derive(Debug, clap::Args)]
@@ -41,10 +41,20 @@ pub(crate) struct Args {
 /// How files are read: what `ingest` and `demo` share.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct How {
-    /// Bytes per read, with an optional suffix K, M or G; 512 to 128M.
-    #[arg(long, value_name = "SIZE", default_value = "1MiB", value_parser = parse_chunk)]
-    chunk: u64,
-    /// Reads in flight.
+    /// Slots, a power of two from 2 to 65536. By default two for each read in flight, in at most 256 MiB, and no more than
+    /// there are reads.
+    #[arg(long, value_name = "N", value_parser = parse_slots)]
+    slots: Option<u32>,
+    /// Bytes that a slot takes, and of each read, with an optional suffix K, M or G; 512 to 1G.
+    #[arg(long, value_name = "SIZE", default_value = "1MiB", value_parser = parse_slot_bytes)]
+    slot_bytes: u64,
+    /// Consumer threads.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    consumers: u32,
+    /// How they share the slots; by default single for one consumer, claimed for more.
+    #[arg(long, value_enum)]
+    mode: Option<Mode>,
+    /// Most reads in flight; never more than there are slots.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     depth: u32,
     /// Read around the page cache (O_DIRECT).
@@ -56,6 +66,30 @@ pub(crate) struct How {
     /// Print one JSON object on stdout, and no progress.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// `ConsumeMode`, for the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Mode {
+    /// One consumer takes every slot.
+    Single,
+    /// Consumer i of C takes slot i of every C.
+    Partitioned,
+    /// Whoever is free takes the next slot.
+    Claimed,
+    /// Every consumer takes every slot.
+    Broadcast,
+}
+
+impl From<Mode> for ConsumeMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Single => Self::Single,
+            Mode::Partitioned => Self::Partitioned,
+            Mode::Claimed => Self::Claimed,
+            Mode::Broadcast => Self::Broadcast,
+        }
+    }
 }
 
 /// `DirectMode`, for the command line.
@@ -79,11 +113,63 @@ impl From<Direct> for DirectMode {
     }
 }
 
-/// At most half the buffer, so that reading and consuming overlap.
-fn parse_chunk(text: &str) -> Result<u64, String> {
+fn parse_slots(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(slots @ 2..=65_536u32) if slots.is_power_of_two() => Ok(slots),
+        _ => Err("use a power of two from 2 to 65536".to_owned()),
+    }
+}
+
+fn parse_slot_bytes(text: &str) -> Result<u64, String> {
     match parse_size(text)? {
-        chunk @ 512..=0x0800_0000 => Ok(chunk),
-        _ => Err("use 512 to 128M".to_owned()),
+        bytes @ 512..=0x4000_0000 => Ok(bytes),
+        _ => Err("use 512 to 1G".to_owned()),
+    }
+}
+
+impl How {
+    /// How consumers share the slots, unless it cannot be.
+    pub(crate) fn mode(&self) -> Outcome<ConsumeMode> {
+        match self.mode {
+            Some(Mode::Single) if self.consumers > 1 => {
+                let what = "consumers and --mode single: use another mode, or one consumer";
+                Err(Failure(format!("{} {what}", self.consumers)))
+            }
+            Some(mode) => Ok(mode.into()),
+            None if self.consumers > 1 => Ok(ConsumeMode::Claimed),
+            None => Ok(ConsumeMode::Single),
+        }
+    }
+
+    fn queue_options(&self, plan: &[Planned<'_>]) -> Outcome<IoQueueOptions> {
+        let options = IoQueueOptions {
+            slots: self.slots.unwrap_or_else(|| self.default_slots(plan)),
+            slot_bytes: self.slot_bytes as u32,
+            // The largest block that O_DIRECT reads whole, or a page.
+            alignment: plan.iter().map(|file| file.block).fold(4096, u32::max).min(2 << 20),
+            mode: self.mode()?,
+            consumers: self.consumers,
+            ..IoQueueOptions::default()
+        };
+        let bytes = options.layout()?.slots;
+        if bytes > MEMORY_LIMIT {
+            let (slots, each, most) = (options.slots, report::size(self.slot_bytes), report::size(MEMORY_LIMIT));
+            return Err(Failure(format!("{slots} slots of {each}: use at most {most} of memory")));
+        }
+        Ok(options)
+    }
+
+    /// Twice the reads in flight, so that reading and consuming overlap.
+    fn default_slots(&self, plan: &[Planned<'_>]) -> u32 {
+        let reads: u64 = plan.iter().map(|file| file.len.div_ceil(self.slot_bytes)).sum();
+        let wanted = (u64::from(self.depth) * 2).min(reads).next_power_of_two();
+        let fit = 1 << (BUFFER_LIMIT / self.slot_bytes).max(1).ilog2();
+        wanted.min(fit).max(2) as u32
+    }
+
+    fn ring_options(&self, depth: u32) -> RingOptions {
+        let sqpoll = self.sqpoll.then_some(SqPoll { idle_ms: 0, cpu: None });
+        RingOptions { entries: depth, sqpoll, ..RingOptions::default() }
     }
 }
 
@@ -97,10 +183,12 @@ pub(crate) fn run(args: &Args) -> Outcome<()> {
 }
 
 /// A file as it was when the ingest began.
-struct Planned<'a> {
-    path: &'a Path,
-    len: u64,
+pub(crate) struct Planned<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) len: u64,
     direct: bool,
+    /// Block size of O_DIRECT, 0 without.
+    block: u32,
 }
 
 /// Looks at every file before the first is read: a bad name costs no time then. They are opened again, one by one,
@@ -112,7 +200,9 @@ fn plan(files: &[PathBuf], mode: DirectMode) -> Outcome<Vec<Planned<'_>>> {
             let what = "it has data but no size, as files in /proc do: it cannot be read by offset";
             return Err(Failure::at(path, what));
         }
-        Ok(Planned { path, len: file.len(), direct: file.direct().is_some() })
+        let direct = file.direct();
+        let block = direct.map_or(0, |direct| direct.offset.max(direct.memory));
+        Ok(Planned { path, len: file.len(), direct: direct.is_some(), block })
     };
     files.iter().map(|path| look(path.as_path())).collect()
 }
@@ -125,6 +215,7 @@ fn has_data(path: &Path) -> bool {
 
 /// Reads `files` and returns what happened.
 pub(crate) fn ingest(files: &[PathBuf], how: &How, verify: bool) -> Outcome<Summary> {
+    how.mode()?;
     let plan = plan(files, how.direct.into())?;
     let mut summary = transfer(&plan, how)?;
     if verify {
@@ -135,231 +226,91 @@ pub(crate) fn ingest(files: &[PathBuf], how: &How, verify: bool) -> Outcome<Summ
     Ok(summary)
 }
 
-/// Slots of the buffer: two reads' worth per place in flight, within the limit, and no more than there are reads.
-fn slot_count(plan: &[Planned<'_>], how: &How) -> usize {
-    let reads: u64 = plan.iter().map(|file| file.len.div_ceil(how.chunk)).sum();
-    (u64::from(how.depth) * 2).min(BUFFER_LIMIT / how.chunk).min(reads).max(1) as usize
-}
-
-fn ring_options(how: &How) -> RingOptions {
-    let sqpoll = how.sqpoll.then_some(SqPoll { idle_ms: 0, cpu: None });
-    RingOptions { entries: how.depth, sqpoll, ..RingOptions::default() }
-}
-
-/// Runs producer and consumer to their end.
+/// Runs producer and consumers to their end.
 fn transfer(plan: &[Planned<'_>], how: &How) -> Outcome<Summary> {
     let began = Instant::now();
-    let slots = slot_count(plan, how);
-    let mut memory = MappedBuffer::<u8>::alloc(slots * how.chunk as usize)?;
-    let line = TailLine::alloc()?;
-    let mut ring = IoUringState::new(ring_options(how))?;
+    let queue_options = how.queue_options(plan)?;
+    let queue = IoQueue::new(queue_options)?;
+    let depth = how.depth.min(queue.slots());
+    let ring = IoUringState::new(how.ring_options(depth))?;
     let features = ring.features();
-    // As many entries as slots: see `Producer::open`.
-    let files_refusal = ring.register_files_sparse(slots as u32).err();
-    let options = StreamOptions { depth: how.depth, ..StreamOptions::default() };
-    let stream = AsyncUringStream::with_options(ring, memory.share(), line.clone(), options)?;
-    let buffer_refusal = stream.registration_refusal().cloned();
+    // With requests in line for a slot, the driver waits for consumers, and this thread need not.
+    let options = DriverOptions { depth, queue_limit: depth, ..DriverOptions::default() };
+    let driver = NvmeGpuIngestDriver::new(ring, Arc::clone(&queue), options)?;
+    let buffer_refusal = driver.registration_refusal().cloned();
+    let consumers = (0..queue.consumers()).map(|index| queue.consumer(index)).collect::<Result<Vec<_>, _>>()?;
+    let sums = ledgers(plan.len(), &queue);
 
-    let acknowledged = Acknowledged::default();
-    let lens: Vec<u64> = plan.iter().map(|file| file.len).collect();
-    let consumer = Consumer {
-        line,
-        slots: split(&mut memory, slots, how.chunk as usize)?,
-        acknowledged: &acknowledged,
-        chunk: how.chunk as usize,
-        files: &lens,
-    };
+    let total = plan.iter().map(|file| file.len).sum();
     let setup_seconds = began.elapsed().as_secs_f64();
     let watch = Watch::start();
-    let (stats, sums) = std::thread::scope(|scope| {
-        let consumer = scope.spawn(move || consumer.run());
-        let producer = Producer {
-            stream,
-            plan,
-            chunk: how.chunk,
-            slots: slots as u64,
-            mode: how.direct.into(),
-            files_registered: files_refusal.is_none(),
-            opened: 0,
-            acknowledged: &acknowledged,
-            consumer_gone: || consumer.is_finished(),
-            progress: Progress::new(lens.iter().sum(), how.json),
-            strikes: 0,
+    let produced = std::thread::scope(|scope| {
+        let spawn = |(index, consumer): (usize, IoQueueConsumer)| {
+            let sums = &sums[index % sums.len()];
+            scope.spawn(move || consumer::run(consumer, sums))
         };
-        // However it ends, the stream is closed then: the tail line says END or ABORTED and the consumer ends too.
+        let consumers: Vec<_> = consumers.into_iter().enumerate().map(spawn).collect();
+        let progress = Progress::new(total, how.json);
+        let producer = Producer { driver, plan, mode: how.direct.into(), progress, bytes: 0, strikes: 0 };
         let produced = producer.run();
-        let consumed = consumer.join().map_err(|_| Failure("internal error: the consumer panicked".to_owned()))?;
-        // The consumer's own failure first: the producer's is then that the consumer is gone.
-        let sums = consumed?;
-        Ok::<_, Failure>((produced?, sums))
+        let mut unfinished = false;
+        for consumer in consumers {
+            let consumed = consumer.join().map_err(|_| Failure("internal error: a consumer panicked".to_owned()))?;
+            // A consumer's own failure first: the producer's is then that the consumer gave up.
+            let consumed = consumed.map_err(|what| Failure(format!("internal error: {what}")))?;
+            unfinished |= !consumed.end || consumed.poisoned > 0;
+        }
+        let produced = produced?;
+        if unfinished {
+            return Err(Failure("internal error: a consumer missed what the driver says it published".to_owned()));
+        }
+        Ok(produced)
     })?;
     let elapsed = watch.stop();
-    let files = reports(plan, &stats, &sums)?;
+    let files = reports(plan, &produced, sums)?;
+    let Produced { telemetry, stream } = produced;
     Ok(Summary {
         files,
         elapsed,
         setup_seconds,
-        stats,
+        telemetry,
+        stream,
         features,
-        chunk: how.chunk,
-        depth: how.depth,
-        slots,
+        queue: queue_options,
+        depth,
         buffer_refusal,
-        files_refusal,
     })
 }
 
-/// A handle to each slot, for the consumer.
-fn split(memory: &mut MappedBuffer<u8>, slots: usize, chunk: usize) -> Outcome<Vec<GpuMappedBuffer<'static>>> {
-    let parts = (0..slots).map(|slot| memory.share().sub_region(slot * chunk, chunk));
-    Ok(parts.collect::<Result<_, _>>()?)
+/// Where consumers put their sums: one place for all, or one for each where each takes everything.
+fn ledgers(files: usize, queue: &IoQueue) -> Vec<Mutex<Sums>> {
+    let count = if queue.mode() == ConsumeMode::Broadcast { queue.consumers() } else { 1 };
+    (0..count).map(|_| Mutex::new(Sums::new(files, queue.slot_bytes().into()))).collect()
 }
 
 /// Fewer bytes or sums than planned are never a success, whatever the reason.
-fn reports(plan: &[Planned<'_>], stats: &StreamStats, sums: &[u32]) -> Outcome<Vec<FileReport>> {
+fn reports(plan: &[Planned<'_>], produced: &Produced, sums: Vec<Mutex<Sums>>) -> Outcome<Vec<FileReport>> {
     let expected: u64 = plan.iter().map(|file| file.len).sum();
-    if stats.bytes != expected || sums.len() != plan.len() {
-        let (read, done, all) = (stats.bytes, sums.len(), plan.len());
-        return Err(Failure(format!("{read} of {expected} bytes were read, {done} of {all} files were consumed")));
+    let read = produced.telemetry.completed.bytes;
+    if read != expected {
+        return Err(Failure(format!("{read} of {expected} bytes were read")));
     }
-    let report = |(file, &crc32c): (&Planned<'_>, &u32)| FileReport {
+    let mut found = Vec::new();
+    for sums in sums {
+        let sums = sums.into_inner().map_err(|_| Failure("internal error: a consumer panicked".to_owned()))?;
+        found.push(sums.finish(plan.iter().map(|file| file.len))?);
+    }
+    if found.windows(2).any(|pair| pair[0] != pair[1]) {
+        return Err(Failure("internal error: consumers of the same slots found different bytes".to_owned()));
+    }
+    let report = |(file, crc32c): (&Planned<'_>, u32)| FileReport {
         path: file.path.to_owned(),
         bytes: file.len,
         crc32c,
         direct: (file.len > 0).then_some(file.direct),
         verified: false,
     };
-    Ok(plan.iter().zip(sums).map(report).collect())
-}
-
-/// Keeps the stream full while the consumer leaves room.
-struct Producer<'a, F> {
-    stream: AsyncUringStream<'static>,
-    plan: &'a [Planned<'a>],
-    chunk: u64,
-    slots: u64,
-    mode: DirectMode,
-    files_registered: bool,
-    /// Files opened so far: those with bytes.
-    opened: u64,
-    acknowledged: &'a Acknowledged,
-    consumer_gone: F,
-    progress: Progress,
-    strikes: u32,
-}
-
-impl<F: Fn() -> bool> Producer<'_, F> {
-    fn run(mut self) -> Outcome<StreamStats> {
-        for index in 0..self.plan.len() {
-            if self.plan[index].len > 0 {
-                self.file(index)?;
-            }
-        }
-        self.stream.finish()?;
-        self.drive_until(|this| this.acknowledged.sequences() == this.stream.submitted())?;
-        Ok(self.stream.close(StreamOptions::default().close_timeout)?.stats)
-    }
-
-    /// Submits every read of one file. The last of them are still in flight when the next file begins.
-    fn file(&mut self, index: usize) -> Outcome<()> {
-        let Planned { path, len, .. } = self.plan[index];
-        self.make_room()?;
-        let source = self.open(path)?;
-        let mut offset = 0;
-        while offset < len {
-            self.make_room()?;
-            let slot = self.stream.submitted() % self.slots;
-            let bytes = self.chunk.min(len - offset);
-            let place = (slot * self.chunk) as usize;
-            self.stream
-                .submit_read_to_gpu_at_with_user_data(source.clone(), offset, place, bytes as usize, index as u64)
-                .map_err(|error| Failure::at(path, error))?;
-            offset += bytes;
-        }
-        Ok(())
-    }
-
-    /// Opens a file and registers it with the ring, which keeps it open.
-    ///
-    /// The table has as many entries as the buffer has slots, and there is a free slot: with at least one read per
-    /// file, the reads of the file that had this entry before have been acknowledged. Without a table the reads keep
-    /// the file open; one at a time then, for it is RLIMIT_NOFILE that forbade the table.
-    fn open(&mut self, path: &Path) -> Outcome<FileRef> {
-        if !self.files_registered {
-            self.drive_until(|this| this.stream.inflight() == 0)?;
-            return Ok(FileRef::from(&InputFile::open(path, self.mode)?));
-        }
-        let file = InputFile::open(path, self.mode)?;
-        let entry = (self.opened % self.slots) as u32;
-        self.opened += 1;
-        self.stream.ring_mut()?.update_file(entry, Some(file.as_fd().as_raw_fd()))?;
-        Ok(self.stream.registered_file(entry)?)
-    }
-
-    /// Waits for a place in flight and a slot that the consumer is done with.
-    fn make_room(&mut self) -> Outcome<()> {
-        self.drive_until(|this| {
-            let unacknowledged = this.stream.submitted() - this.acknowledged.sequences();
-            unacknowledged < this.slots && this.stream.inflight() < this.stream.depth()
-        })
-    }
-
-    fn drive_until(&mut self, done: impl Fn(&Self) -> bool) -> Outcome<()> {
-        let mut patience = Patience::default();
-        while !done(self) {
-            // In this order: a consumer that finished its work has acknowledged all of it.
-            let gone = (self.consumer_gone)();
-            if self.stream.inflight() > 0 {
-                self.reap()?;
-            } else if gone && !done(self) {
-                return Err(Failure("internal error: the consumer ended before the data did".to_owned()));
-            } else {
-                patience.wait();
-            }
-            self.progress.at(self.acknowledged.bytes());
-        }
-        Ok(())
-    }
-
-    /// Waits for completions and looks at each.
-    fn reap(&mut self) -> Outcome<()> {
-        let waited = self.stream.wait_for_completion(1, Some(LOOK_UP));
-        self.tolerate(waited.map(drop))?;
-        let mut completions = [Completion::default(); 64];
-        let taken = match self.stream.poll_into(&mut completions) {
-            Ok(taken) => taken,
-            Err(error) => return self.tolerate(Err(error)),
-        };
-        for completion in &completions[..taken] {
-            self.strikes = 0;
-            completion.result().map_err(|error| self.read_failure(completion, error))?;
-        }
-        Ok(())
-    }
-
-    /// A timeout is a look-up; a kernel that is short of resources may have them soon.
-    fn tolerate(&mut self, driven: ringest::Result<()>) -> Outcome<()> {
-        match driven {
-            Err(PipelineError::TimedOut { .. }) | Ok(()) => Ok(()),
-            Err(error) if matches!(error.errno(), libc::EAGAIN | libc::EBUSY) && self.strikes < STRIKES => {
-                self.strikes += 1;
-                std::thread::sleep(Duration::from_millis(1));
-                Ok(())
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    fn read_failure(&self, completion: &Completion, error: PipelineError) -> Failure {
-        let Planned { path, len, .. } = self.plan[completion.user_data as usize];
-        match error {
-            PipelineError::EndOfFile { file_offset, bytes, .. } => {
-                let end = file_offset + bytes;
-                Failure::at(path, format!("the file was truncated: it ended at offset {end}, of {len} bytes planned"))
-            }
-            error => Failure::at(path, error),
-        }
-    }
+    Ok(plan.iter().zip(found.into_iter().next().unwrap_or_default()).map(report).collect())
 }
 
 /// Reads a file once more, in the plainest way, and compares.
@@ -368,7 +319,7 @@ fn verify_file(report: &mut FileReport) -> Outcome<()> {
         plain_crc(&report.path, report.bytes).map_err(|error| Failure::at(&report.path, format!("verify: {error}")))?;
     if bytes != report.bytes || crc32c != report.crc32c {
         let what = format!(
-            "verify: plain reads give {bytes} bytes with CRC32C {crc32c:08x}, the stream {} bytes with {:08x}",
+            "verify: plain reads give {bytes} bytes with CRC32C {crc32c:08x}, the consumers {} bytes with {:08x}",
             report.bytes, report.crc32c
         );
         return Err(Failure::at(&report.path, what));

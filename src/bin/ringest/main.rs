@@ -1,4 +1,4 @@
-//! The `ringest` command: read files through streams, show that it works, measure it.
+//! The `ringest` command: read files into an io_queue, show that it works, measure it.
 
 mod bench;
 mod consumer;
@@ -6,16 +6,18 @@ mod demo;
 mod fio;
 mod ingest;
 mod measure;
+mod producer;
 mod progress;
 mod reading;
 mod report;
+mod sums;
 
 use clap::{Parser, Subcommand};
 use report::Failure;
 use std::io::Write;
 use std::process::ExitCode;
 
-/// Bytes from NVMe drives and files into mapped memory, announced by a tail word.
+/// Bytes from NVMe drives and files into memory that a GPU can address, handed to running consumers.
 #[derive(Debug, Parser)]
 #[command(name = "ringest", version, about, propagate_version = true)]
 struct Cli {
@@ -25,7 +27,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Read whole files into mapped memory; a consumer thread that follows only the tail computes their CRC32C.
+    /// Read whole files into the slots of an io_queue; consumer threads pop them and compute each file's CRC32C.
     Ingest(ingest::Args),
     /// Make a 256 MiB file, ingest and verify it, remove it: does ringest work here?
     Demo(demo::Args),

@@ -1,11 +1,15 @@
 //! What the tool says: failures, sizes, and the summary of an ingest.
 
 use crate::measure::{Elapsed, GIB};
-use ringest::{PipelineError, RingFeatures, StreamStats};
+use ringest::{
+    IoQueueOptions, LatencySummary, NvmeGpuIngestTelemetry, PipelineError, ReadCount, ReadPath, RingFeatures,
+    StreamStats,
+};
 use serde_json::{Value, json};
 use std::fmt::{Display, Write as _};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Why a command failed: the line that the user reads.
 #[derive(Debug)]
@@ -86,18 +90,21 @@ pub(crate) struct FileReport {
 #[derive(Debug)]
 pub(crate) struct Summary {
     pub(crate) files: Vec<FileReport>,
-    /// From the first submission until the consumer was done.
+    /// From the first submission until the consumers were done.
     pub(crate) elapsed: Elapsed,
-    /// Before that: ring, buffer, registrations.
+    /// Before that: ring, slots, registrations.
     pub(crate) setup_seconds: f64,
-    pub(crate) stats: StreamStats,
+    pub(crate) telemetry: NvmeGpuIngestTelemetry,
+    pub(crate) stream: StreamStats,
     pub(crate) features: RingFeatures,
-    pub(crate) chunk: u64,
+    pub(crate) queue: IoQueueOptions,
     pub(crate) depth: u32,
-    pub(crate) slots: usize,
     pub(crate) buffer_refusal: Option<PipelineError>,
-    pub(crate) files_refusal: Option<PipelineError>,
 }
+
+/// The paths by their names in JSON.
+const PATHS: [(&str, ReadPath); 3] =
+    [("none", ReadPath::None), ("registered", ReadPath::RegisteredRead), ("plain", ReadPath::PlainRead)];
 
 impl Summary {
     fn bytes(&self) -> u64 {
@@ -112,9 +119,12 @@ impl Summary {
         per(self.elapsed.cpu, self.bytes() as f64 / GIB)
     }
 
+    fn mode(&self) -> String {
+        format!("{:?}", self.queue.mode).to_ascii_lowercase()
+    }
+
     /// One object, for programs.
     pub(crate) fn json(&self) -> Value {
-        let stats = &self.stats;
         let features: serde_json::Map<_, _> =
             self.features.names().into_iter().map(|(name, got)| (name.to_owned(), got.into())).collect();
         json!({
@@ -125,27 +135,22 @@ impl Summary {
             "setup_seconds": self.setup_seconds,
             "cpu_seconds": self.elapsed.cpu,
             "cpu_s_per_gib": self.cpu_per_gib(),
-            "cpu_scope": "user + system time of the whole process, the consumer's CRC32C included",
-            "chunk": self.chunk,
+            "cpu_scope": "user + system time of the whole process, the consumers' CRC32C included",
+            "slots": self.queue.slots,
+            "slot_bytes": self.queue.slot_bytes,
+            "slot_alignment": self.queue.alignment,
+            "mode": self.mode(),
+            "consumers": self.queue.consumers,
             "depth": self.depth,
-            "buffer_slots": self.slots,
-            "buffer_registered": self.buffer_refusal.is_none(),
-            "files_registered": self.files_refusal.is_none(),
-            "paths": {
-                "registered_bytes": stats.registered_bytes,
-                "plain_bytes": stats.plain_bytes,
-                "bounced_bytes": stats.bounced_bytes,
-            },
+            "slots_registered": self.buffer_refusal.is_none(),
             "ring": {
                 "sq_entries": self.features.sq_entries,
                 "cq_entries": self.features.cq_entries,
                 "features": features,
             },
-            "reads": stats.completed,
-            "commands": stats.commands,
-            "short_reads": stats.short_reads,
-            "retries": stats.retries,
-            "system_calls": stats.enters,
+            "commands": self.stream.commands,
+            "system_calls": self.stream.enters,
+            "telemetry": telemetry_json(&self.telemetry),
             "files": self.files.iter().map(FileReport::json).collect::<Vec<_>>(),
         })
     }
@@ -162,7 +167,6 @@ impl Summary {
         for file in &self.files {
             writeln!(out, "{file}")?;
         }
-        let stats = &self.stats;
         writeln!(
             out,
             "read       {} ({} bytes) in {:.3} s: {:.2} GB/s (after {:.3} s of set-up)",
@@ -174,30 +178,136 @@ impl Summary {
         )?;
         writeln!(
             out,
-            "cpu        {:.3} s/GiB (user + system time of the process, the consumer's CRC32C included)",
+            "cpu        {:.3} s/GiB (user + system time of the process, the consumers' CRC32C included)",
             self.cpu_per_gib()
         )?;
+        let (queue, some) = (&self.queue, if self.queue.consumers == 1 { "consumer" } else { "consumers" });
+        writeln!(
+            out,
+            "queue      {} slots of {}, {} {some} ({}), depth {}",
+            queue.slots,
+            size(queue.slot_bytes.into()),
+            queue.consumers,
+            self.mode(),
+            self.depth
+        )?;
+        self.write_telemetry(out)?;
+        if let Some(error) = &self.buffer_refusal {
+            writeln!(out, "           the slots are not registered, reads went plain: {error}")?;
+        }
+        let StreamStats { enters, commands, .. } = self.stream;
+        writeln!(out, "calls      {enters} system calls, {commands} commands")?;
+        writeln!(out, "ring       {}", self.features)
+    }
+
+    fn write_telemetry(&self, out: &mut String) -> std::fmt::Result {
+        let NvmeGpuIngestTelemetry { completed, latency, .. } = self.telemetry;
+        let NvmeGpuIngestTelemetry { published_slots, poisoned_slots, credit_stalls, .. } = self.telemetry;
+        let NvmeGpuIngestTelemetry { short_reads, retries, bounce_bytes, .. } = self.telemetry;
+        let NvmeGpuIngestTelemetry { max_in_flight, max_queued, .. } = self.telemetry;
+        writeln!(
+            out,
+            "slots      {published_slots} published, {poisoned_slots} poisoned; none free {credit_stalls} times, for {}",
+            time(self.telemetry.credit_stall_time)
+        )?;
+        let LatencySummary { p50, p99, p999, max, .. } = latency;
+        writeln!(
+            out,
+            "latency    p50 {}, p99 {}, p99.9 {}, max {}, from submit to publication",
+            time(p50),
+            time(p99),
+            time(p999),
+            time(max)
+        )?;
+        writeln!(
+            out,
+            "reads      {}; at most {max_in_flight} in flight and {max_queued} in line; {short_reads} short, {retries} retried",
+            completed.reads
+        )?;
+        let path = |path| size(self.telemetry.path(path).bytes);
         writeln!(
             out,
             "paths      registered {}, plain {}; of these bounced {}",
-            size(stats.registered_bytes),
-            size(stats.plain_bytes),
-            size(stats.bounced_bytes)
-        )?;
-        if let Some(error) = &self.buffer_refusal {
-            writeln!(out, "           the buffer is not registered, reads went plain: {error}")?;
-        }
-        if let Some(error) = &self.files_refusal {
-            writeln!(out, "           the files are not registered: {error}")?;
-        }
-        writeln!(out, "buffer     {} slots of {}, depth {}", self.slots, size(self.chunk), self.depth)?;
-        writeln!(out, "ring       {}", self.features)?;
-        writeln!(
-            out,
-            "calls      {} system calls for {} reads, {} commands; short reads {}, retries {}",
-            stats.enters, stats.completed, stats.commands, stats.short_reads, stats.retries
+            path(ReadPath::RegisteredRead),
+            path(ReadPath::PlainRead),
+            size(bounce_bytes)
         )
     }
+}
+
+/// A duration for people, in three or four digits.
+fn time(duration: Duration) -> String {
+    let seconds = duration.as_secs_f64();
+    match duration.as_nanos() {
+        0..1_000_000 => format!("{:.1} us", seconds * 1e6),
+        1_000_000..1_000_000_000 => format!("{:.1} ms", seconds * 1e3),
+        _ => format!("{seconds:.2} s"),
+    }
+}
+
+fn count_json(count: ReadCount) -> Value {
+    let ReadCount { reads, bytes } = count;
+    json!({ "reads": reads, "bytes": bytes })
+}
+
+/// All of it. Taken apart by name, so that what is added is not forgotten here.
+fn telemetry_json(telemetry: &NvmeGpuIngestTelemetry) -> Value {
+    let NvmeGpuIngestTelemetry {
+        submitted,
+        completed,
+        paths: _,
+        bounce_bytes,
+        short_reads,
+        retries,
+        failed,
+        end_of_file,
+        cancelled,
+        timed_out,
+        published_slots,
+        poisoned_slots,
+        early_poisoned_slots,
+        held_slots,
+        leaked_reads,
+        credit_stalls,
+        credit_stall_time,
+        in_flight,
+        max_in_flight,
+        queued,
+        max_queued,
+        latency: LatencySummary { count, p50, p99, p999, max },
+    } = *telemetry;
+    let paths: serde_json::Map<_, _> =
+        PATHS.iter().map(|&(name, path)| (name.to_owned(), count_json(telemetry.path(path)))).collect();
+    json!({
+        "submitted": count_json(submitted),
+        "completed": count_json(completed),
+        "paths": paths,
+        "bounce_bytes": bounce_bytes,
+        "short_reads": short_reads,
+        "retries": retries,
+        "failed": failed,
+        "end_of_file": end_of_file,
+        "cancelled": cancelled,
+        "timed_out": timed_out,
+        "published_slots": published_slots,
+        "poisoned_slots": poisoned_slots,
+        "early_poisoned_slots": early_poisoned_slots,
+        "held_slots": held_slots,
+        "leaked_reads": leaked_reads,
+        "credit_stalls": credit_stalls,
+        "credit_stall_seconds": credit_stall_time.as_secs_f64(),
+        "in_flight": in_flight,
+        "max_in_flight": max_in_flight,
+        "queued": queued,
+        "max_queued": max_queued,
+        "latency": {
+            "count": count,
+            "p50_seconds": p50.as_secs_f64(),
+            "p99_seconds": p99.as_secs_f64(),
+            "p999_seconds": p999.as_secs_f64(),
+            "max_seconds": max.as_secs_f64(),
+        },
+    })
 }
 
 impl FileReport {
@@ -237,6 +347,14 @@ mod tests {
         }
         for text in ["", "k", "1x", "-1", "1.5M", "1 M", "i", "1ib", "9999999999T", "18446744073709551616"] {
             assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn times_are_printed() {
+        let cases = [(0, "0.0 us"), (1500, "1.5 us"), (2_000_000, "2.0 ms"), (1_234_000_000, "1.23 s")];
+        for (nanoseconds, text) in cases {
+            assert_eq!(time(Duration::from_nanos(nanoseconds)), text);
         }
     }
 
