@@ -199,14 +199,20 @@ impl<W: Words> Producer<W> {
     /// more. False: it was not reserved, or published already.
     #[inline]
     pub(crate) fn publish(&self, sequence: u64, descriptor: &Descriptor) -> bool {
-        let published = self.announce(sequence, descriptor, true);
+        let published = self.claim(sequence) && self.announce(sequence, descriptor, true);
         self.changed();
         published
     }
 
-    /// The same, but the tail does not move before the caller's next [`settle`](Self::settle): one for many.
+    /// The same by the only one who knows the sequence, and the tail does not move before the caller's next
+    /// [`settle`](Self::settle): one for many.
     #[inline]
     pub(crate) fn publish_untold(&self, sequence: u64, descriptor: &Descriptor) -> bool {
+        let stage = &self.mark(sequence).stage;
+        if stage.load(Relaxed) != sequence << 1 {
+            return false;
+        }
+        stage.store(sequence << 1 | 1, Relaxed);
         self.announce(sequence, descriptor, true)
     }
 
@@ -220,7 +226,7 @@ impl<W: Words> Producer<W> {
     /// [`land`](Self::land). False: it was not reserved, or published already.
     pub(crate) fn poison_early(&self, sequence: u64, descriptor: &Descriptor) -> bool {
         debug_assert!(descriptor.status < 0);
-        let published = self.announce(sequence, descriptor, false);
+        let published = self.claim(sequence) && self.announce(sequence, descriptor, false);
         self.changed();
         published
     }
@@ -231,14 +237,17 @@ impl<W: Words> Producer<W> {
         self.mark(sequence).landed.store(sequence + 1, Release);
     }
 
+    /// Whether the caller is to publish a sequence: of those who try, one is.
+    #[inline(always)]
+    fn claim(&self, sequence: u64) -> bool {
+        let reserved = sequence << 1;
+        // Relaxed: it orders nothing else.
+        self.mark(sequence).stage.compare_exchange(reserved, reserved | 1, Relaxed, Relaxed).is_ok()
+    }
+
     #[inline(always)]
     fn announce(&self, sequence: u64, descriptor: &Descriptor, landed: bool) -> bool {
         let mark = self.mark(sequence);
-        let reserved = sequence << 1;
-        // One of those who publish the same sequence wins. Relaxed: it orders nothing else.
-        if mark.stage.compare_exchange(reserved, reserved | 1, Relaxed, Relaxed).is_err() {
-            return false;
-        }
         let slot = self.slot(sequence);
         let words = descriptor.to_words();
         // The last two words are zero for ever.

@@ -1,16 +1,15 @@
-//! The driver's logic: which request has which slot, what the end of each read means, and when nothing can go on.
+//! The driver's logic: when a request gets a slot, when it is given up, and what to wait for.
 //!
 //! Generic over [`Reads`], so the kernel and the simulator run the same code. One thread.
 
 use super::super::io_queue::IoQueue;
 use super::super::producer::Refusal;
-use super::super::telemetry::{Histogram, NvmeGpuIngestTelemetry};
+use super::super::telemetry::NvmeGpuIngestTelemetry;
+use super::ledger::{Ledger, Reading, Stage};
 use super::reads::{Reads, SlotRead};
 use super::{IngestCompletion, IngestRequest};
 use crate::error::{PipelineError, Result};
-use crate::memory::MemoryKind;
-use crate::uring::{Completion, ReadPath, StreamStats};
-use crate::wire::{DESCRIPTOR_CRC32C, DESCRIPTOR_EARLY, Descriptor, NO_SEQUENCE};
+use crate::uring::{Completion, StreamStats};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,35 +30,6 @@ pub(crate) struct CoreOptions {
     pub(crate) credit_poll: Duration,
     /// Put the payload's CRC32C into each descriptor.
     pub(crate) crc32c: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-enum Stage {
-    #[default]
-    Idle,
-    /// Its read is in flight.
-    Reading,
-    /// Published as poison; its read is still in flight.
-    Held,
-}
-
-/// The read that has a slot.
-#[derive(Debug, Clone, Copy, Default)]
-struct Reading {
-    stage: Stage,
-    sequence: u64,
-    request: u64,
-    tag: u64,
-    file_offset: u64,
-    len: u32,
-    /// Where in the slot the payload begins.
-    data_offset: u32,
-    /// Bytes read before it, for O_DIRECT.
-    lead: u32,
-    /// The stream's number of the read.
-    number: u64,
-    at: Duration,
-    deadline: Duration,
 }
 
 /// A request without a slot.
@@ -87,18 +57,9 @@ enum Blocked {
 /// See the module's text.
 pub(crate) struct Core<R> {
     pub(crate) reads: R,
-    queue: Arc<IoQueue>,
+    ledger: Ledger,
     options: CoreOptions,
-    /// By slot.
-    readings: Box<[Reading]>,
-    /// Slots in stage Reading, and Held.
-    reading: usize,
-    held: usize,
     waiting: VecDeque<Waiting>,
-    /// Records not taken.
-    ended: VecDeque<IngestCompletion>,
-    /// Most requests whose records were not taken: there is room for all.
-    capacity: usize,
     requests: u64,
     /// No deadline is before this.
     earliest: Duration,
@@ -109,49 +70,34 @@ pub(crate) struct Core<R> {
     abort_seen: bool,
     /// A system call's error that had to wait because records came with it.
     deferred: Option<PipelineError>,
-    /// Scratch: reads that have just ended.
-    batch: Vec<Completion>,
-    counts: NvmeGpuIngestTelemetry,
-    latency: Histogram,
     /// The stream's numbers at the last reset.
     before: StreamStats,
 }
 
 impl<R: Reads> Core<R> {
     pub(crate) fn new(reads: R, queue: Arc<IoQueue>, options: CoreOptions) -> Self {
-        let slots = queue.slots() as usize;
-        // Every slot may have a request that ended and one that has not.
-        let capacity = 2 * slots + options.queue_limit;
         Self {
-            options,
-            readings: vec![Reading::default(); slots].into(),
-            reading: 0,
-            held: 0,
+            ledger: Ledger::new(queue, options.queue_limit, options.crc32c),
             waiting: VecDeque::with_capacity(options.queue_limit),
-            ended: VecDeque::with_capacity(capacity),
-            capacity,
             requests: 0,
             earliest: Duration::MAX,
             stalled: None,
             finishing: false,
             abort_seen: false,
             deferred: None,
-            batch: Vec::with_capacity(options.depth),
-            counts: NvmeGpuIngestTelemetry::default(),
-            latency: Histogram::new(),
             before: reads.stats(),
+            options,
             reads,
-            queue,
         }
     }
 
     pub(crate) fn queue(&self) -> &Arc<IoQueue> {
-        &self.queue
+        &self.ledger.queue
     }
 
     /// Requests that have a slot and have not ended.
     pub(crate) fn in_flight(&self) -> usize {
-        self.reading
+        self.ledger.reading
     }
 
     /// Requests without a slot.
@@ -161,16 +107,16 @@ impl<R: Reads> Core<R> {
 
     /// Records that can be taken.
     pub(crate) fn ready(&self) -> usize {
-        self.ended.len()
+        self.ledger.ended.len()
     }
 
     /// Slots whose reads outlive their deadline.
     pub(crate) fn held(&self) -> usize {
-        self.held
+        self.ledger.held
     }
 
     fn outstanding(&self) -> usize {
-        self.reading + self.waiting.len()
+        self.ledger.reading + self.waiting.len()
     }
 
     // Submitting
@@ -199,18 +145,18 @@ impl<R: Reads> Core<R> {
     #[inline]
     fn submit_at(&mut self, request: IngestRequest, now: Duration) -> Result<u64> {
         let IngestRequest { file_offset, len, timeout, .. } = request;
-        PipelineError::check_range("a read into a slot", 0, len.into(), self.queue.slot_bytes().into())?;
+        PipelineError::check_range("a read into a slot", 0, len.into(), self.ledger.queue.slot_bytes().into())?;
         PipelineError::check_range("file offset", file_offset, len.into(), i64::MAX as u64)?;
         if self.finishing {
             return Err(PipelineError::busy("the driver", "it was finished: make a new one"));
         }
-        if let Some(refusal) = self.queue.producer().closed() {
-            return Err(self.queue.refusal(refusal));
+        if let Some(refusal) = self.ledger.queue.producer().closed() {
+            return Err(self.ledger.queue.refusal(refusal));
         }
-        if self.outstanding() + self.ended.len() >= self.capacity {
+        if self.outstanding() + self.ledger.ended.len() >= self.ledger.capacity {
             return Err(PipelineError::QueueFull {
                 queue: "the driver",
-                fix: format!("take completions: {} records wait", self.ended.len()).into(),
+                fix: format!("take completions: {} records wait", self.ledger.ended.len()).into(),
             });
         }
         let deadline = timeout.map_or(Duration::MAX, |timeout| now.saturating_add(timeout));
@@ -220,12 +166,12 @@ impl<R: Reads> Core<R> {
             Ok(sequence) => self.start(sequence, number, request, now, deadline),
             Err(blocked) if blocked != Blocked::Closed && self.waiting.len() < self.options.queue_limit => {
                 self.waiting.push_back(Waiting { number, request, at: now, deadline });
-                self.counts.max_queued = self.counts.max_queued.max(self.waiting.len() as u64);
+                self.ledger.counts.max_queued = self.ledger.counts.max_queued.max(self.waiting.len() as u64);
             }
             Err(blocked) => return Err(self.full(blocked)),
         }
         self.requests += 1;
-        self.counts.submitted.add(len.into());
+        self.ledger.counts.submitted.add(len.into());
         self.earliest = self.earliest.min(deadline);
         Ok(number)
     }
@@ -234,7 +180,7 @@ impl<R: Reads> Core<R> {
     fn full(&self, blocked: Blocked) -> PipelineError {
         let fix = match blocked {
             Blocked::Depth => format!("poll for completions ({} in flight)", self.reads.in_flight()),
-            _ => format!("wait for consumers to release one of the {} slots", self.queue.slots()),
+            _ => format!("wait for consumers to release one of the {} slots", self.ledger.queue.slots()),
         };
         PipelineError::QueueFull { queue: "the io_queue", fix: fix.into() }
     }
@@ -245,7 +191,7 @@ impl<R: Reads> Core<R> {
         if self.reads.in_flight() >= self.options.depth {
             return Err(Blocked::Depth);
         }
-        match self.queue.producer().reserve() {
+        match self.ledger.queue.producer().reserve() {
             Ok(sequence) => {
                 if self.stalled.is_some() {
                     let now = self.reads.now();
@@ -256,7 +202,7 @@ impl<R: Reads> Core<R> {
             Err(Refusal::NoCredit | Refusal::Held) => {
                 if self.stalled.is_none() {
                     self.stalled = Some(self.reads.now());
-                    self.counts.credit_stalls += 1;
+                    self.ledger.counts.credit_stalls += 1;
                 }
                 Err(Blocked::Credit)
             }
@@ -266,7 +212,7 @@ impl<R: Reads> Core<R> {
 
     fn end_stall(&mut self, now: Duration) {
         if let Some(since) = self.stalled.take() {
-            self.counts.credit_stall_time += now.saturating_sub(since);
+            self.ledger.counts.credit_stall_time += now.saturating_sub(since);
         }
     }
 
@@ -274,8 +220,8 @@ impl<R: Reads> Core<R> {
     #[inline]
     fn start(&mut self, sequence: u64, request: u64, wanted: IngestRequest, at: Duration, deadline: Duration) {
         let IngestRequest { file, file_offset, len, tag, .. } = wanted;
-        let slot = self.slot_of(sequence);
-        let alignment = u64::from(self.queue.alignment());
+        let slot = self.ledger.slot_of(sequence);
+        let alignment = u64::from(self.ledger.queue.alignment());
         // The same as the file's offset modulo every block size there is room for, so that O_DIRECT reads whole blocks
         // around the payload straight into the slot; and modulo 16, for bulk copies.
         let data_offset = file_offset & (alignment - 1);
@@ -292,7 +238,7 @@ impl<R: Reads> Core<R> {
                 read = end - (file_offset - lead);
             }
         }
-        let offset = slot as u64 * self.queue.slot_stride() + data_offset - lead;
+        let offset = slot as u64 * self.ledger.queue.slot_stride() + data_offset - lead;
         let number = self.reads.submit(SlotRead {
             file,
             file_offset: file_offset - lead,
@@ -305,30 +251,23 @@ impl<R: Reads> Core<R> {
         let (data_offset, lead) = (data_offset as u32, lead as u32);
         let reading =
             Reading { stage, sequence, request, tag, file_offset, len, data_offset, lead, number: 0, at, deadline };
-        self.readings[slot] = reading;
-        self.reading += 1;
-        self.counts.max_in_flight = self.counts.max_in_flight.max(self.reading as u64);
+        self.ledger.begin(slot, reading);
         match number {
-            Ok(number) => self.readings[slot].number = number,
+            Ok(number) => self.ledger.readings[slot].number = number,
             // A request that cannot work fails as a completion, like any other.
             Err(error) => {
                 let failed = Completion { status: -error.errno(), ..Completion::default() };
-                self.end(slot, &failed, at);
-                self.queue.producer().settle();
+                self.ledger.end(slot, &failed, at);
+                self.ledger.queue.producer().settle();
             }
         }
-    }
-
-    #[inline(always)]
-    fn slot_of(&self, sequence: u64) -> usize {
-        (sequence & (self.readings.len() as u64 - 1)) as usize
     }
 
     /// Starts requests that wait, in order, as far as slots and depth go.
     fn start_waiting(&mut self) -> Blocked {
         while !self.waiting.is_empty() {
             // Also while the depth is used up: a read that hangs must not keep them.
-            let closed = self.queue.producer().closed().map(|_| Blocked::Closed);
+            let closed = self.ledger.queue.producer().closed().map(|_| Blocked::Closed);
             match closed.map_or_else(|| self.slot(), Err) {
                 Ok(sequence) => {
                     if let Some(Waiting { number, request, at, deadline }) = self.waiting.pop_front() {
@@ -342,13 +281,13 @@ impl<R: Reads> Core<R> {
                 Err(blocked) => return blocked,
             }
         }
-        if self.stalled.is_some() && self.queue.producer().has_free() {
+        if self.stalled.is_some() && self.ledger.queue.producer().has_free() {
             let now = self.reads.now();
             self.end_stall(now);
         }
         if self.finishing {
             // The number of sequences is known only now.
-            self.queue.finish();
+            self.ledger.queue.finish();
         }
         Blocked::No
     }
@@ -361,150 +300,6 @@ impl<R: Reads> Core<R> {
 
     // Ends
 
-    /// A read ended.
-    #[inline]
-    fn on_read(&mut self, completion: &Completion, now: Duration) {
-        let slot = self.slot_of(completion.user_data);
-        debug_assert_eq!(self.readings[slot].sequence, completion.user_data);
-        match self.readings[slot].stage {
-            Stage::Reading => self.end(slot, completion, now),
-            Stage::Held => {
-                self.queue.producer().land(completion.user_data);
-                self.counts.bounce_bytes += completion.bounced;
-                self.readings[slot].stage = Stage::Idle;
-                self.held -= 1;
-            }
-            Stage::Idle => debug_assert!(false, "the read of sequence {} ended twice", completion.user_data),
-        }
-    }
-
-    /// Publishes a slot whose read has ended, and records the request's end.
-    #[inline]
-    fn end(&mut self, slot: usize, completion: &Completion, now: Duration) {
-        let reading = self.readings[slot];
-        // Whole blocks were read: what lies before and behind the payload does not count, and may be missing.
-        let landed = completion.bytes.saturating_sub(reading.lead.into()).min(reading.len.into()) as u32;
-        let (status, bytes) = match -completion.status {
-            0 => (0, reading.len),
-            libc::ENODATA if landed == reading.len => (0, reading.len),
-            // The bytes up to the end of the file are in place; after other errors nobody knows which are.
-            libc::ENODATA => (-libc::ENODATA, landed),
-            errno => (-errno, 0),
-        };
-        let checked = self.options.crc32c && bytes > 0;
-        let descriptor = Descriptor {
-            status,
-            bytes,
-            tag: reading.tag,
-            file_offset: reading.file_offset,
-            data_offset: reading.data_offset,
-            crc32c: if checked { self.crc32c(slot, reading.data_offset, bytes) } else { 0 },
-            path: completion.path as u16,
-            flags: if checked { DESCRIPTOR_CRC32C as u16 } else { 0 },
-            ..Descriptor::default()
-        };
-        let published = self.queue.producer().publish_untold(reading.sequence, &descriptor);
-        debug_assert!(published, "sequence {} was published by somebody else", reading.sequence);
-        self.readings[slot].stage = Stage::Idle;
-        self.reading -= 1;
-        self.counts.published_slots += 1;
-        self.counts.poisoned_slots += u64::from(status != 0);
-        self.counts.bounce_bytes += completion.bounced;
-        self.record(IngestCompletion {
-            request: reading.request,
-            sequence: reading.sequence,
-            tag: reading.tag,
-            file_offset: reading.file_offset,
-            requested: reading.len,
-            bytes,
-            bounced: completion.bounced,
-            status,
-            path: completion.path,
-            latency: now.saturating_sub(reading.at),
-        });
-    }
-
-    #[cold]
-    fn crc32c(&self, slot: usize, data_offset: u32, bytes: u32) -> u32 {
-        let memory = self.queue.slot_memory();
-        debug_assert_eq!(memory.kind(), MemoryKind::HostVisible);
-        let offset = slot * self.queue.slot_stride() as usize + data_offset as usize;
-        let payload = memory.clone_handle().sub_region(offset, bytes as usize);
-        payload.map_or(0, |payload| {
-            // SAFETY: the read into the slot has ended, and the slot is not published: nobody writes to it. The memory
-            // is the CPU's to read: the driver's options were checked against it.
-            unsafe { payload.as_slice() }.map_or(0, crc32c::crc32c)
-        })
-    }
-
-    /// Counts the end of a request and keeps its record.
-    #[inline]
-    fn record(&mut self, completion: IngestCompletion) {
-        match -completion.status {
-            0 => {
-                self.counts.completed.add(completion.bytes.into());
-                self.counts.paths[completion.path as usize].add(completion.bytes.into());
-                self.latency.record(completion.latency);
-            }
-            errno => {
-                self.counts.failed += 1;
-                self.counts.end_of_file += u64::from(errno == libc::ENODATA);
-                self.counts.cancelled += u64::from(errno == libc::ECANCELED);
-                self.counts.timed_out += u64::from(errno == libc::ETIMEDOUT);
-            }
-        }
-        debug_assert!(self.ended.len() < self.capacity);
-        self.ended.push_back(completion);
-    }
-
-    /// Ends a request that never had a slot.
-    fn end_waiting(&mut self, waiting: &Waiting, errno: i32, now: Duration) {
-        self.record(IngestCompletion {
-            request: waiting.number,
-            sequence: NO_SEQUENCE,
-            tag: waiting.request.tag,
-            file_offset: waiting.request.file_offset,
-            requested: waiting.request.len,
-            bytes: 0,
-            bounced: 0,
-            status: -errno,
-            path: ReadPath::None,
-            latency: now.saturating_sub(waiting.at),
-        });
-    }
-
-    /// Publishes a slot as poison while its read goes on; the slot stays taken until that has ended.
-    fn poison_early(&mut self, slot: usize, errno: i32, now: Duration) {
-        let reading = self.readings[slot];
-        let descriptor = Descriptor {
-            status: -errno,
-            tag: reading.tag,
-            file_offset: reading.file_offset,
-            data_offset: reading.data_offset,
-            flags: DESCRIPTOR_EARLY as u16,
-            ..Descriptor::default()
-        };
-        self.queue.producer().poison_early(reading.sequence, &descriptor);
-        self.readings[slot].stage = Stage::Held;
-        self.reading -= 1;
-        self.held += 1;
-        self.counts.published_slots += 1;
-        self.counts.poisoned_slots += 1;
-        self.counts.early_poisoned_slots += 1;
-        self.record(IngestCompletion {
-            request: reading.request,
-            sequence: reading.sequence,
-            tag: reading.tag,
-            file_offset: reading.file_offset,
-            requested: reading.len,
-            bytes: 0,
-            bounced: 0,
-            status: -errno,
-            path: ReadPath::None,
-            latency: now.saturating_sub(reading.at),
-        });
-    }
-
     /// Ends requests whose deadline has passed.
     fn expire(&mut self) {
         if self.earliest == Duration::MAX {
@@ -515,13 +310,13 @@ impl<R: Reads> Core<R> {
             return;
         }
         self.earliest = Duration::MAX;
-        for slot in 0..self.readings.len() {
-            let Reading { stage, deadline, number, .. } = self.readings[slot];
+        for slot in 0..self.ledger.readings.len() {
+            let Reading { stage, deadline, number, .. } = self.ledger.readings[slot];
             if stage != Stage::Reading {
                 continue;
             }
             if deadline <= now {
-                self.poison_early(slot, libc::ETIMEDOUT, now);
+                self.ledger.poison_early(slot, libc::ETIMEDOUT, now);
                 self.reads.cancel(number);
             } else {
                 self.earliest = self.earliest.min(deadline);
@@ -538,7 +333,7 @@ impl<R: Reads> Core<R> {
         for _ in 0..before {
             let Some(request) = self.waiting.pop_front() else { break };
             if wanted(&request) {
-                self.end_waiting(&request, errno, now);
+                self.ledger.end_without_slot(request.number, &request.request, request.at, errno, now);
             } else {
                 self.waiting.push_back(request);
             }
@@ -558,8 +353,8 @@ impl<R: Reads> Core<R> {
 
     fn cancel_where(&mut self, wanted: impl Fn(u64) -> bool) -> usize {
         let mut count = self.end_waiting_where(|waiting| wanted(waiting.request.tag), libc::ECANCELED);
-        for slot in 0..self.readings.len() {
-            let Reading { stage, tag, number, .. } = self.readings[slot];
+        for slot in 0..self.ledger.readings.len() {
+            let Reading { stage, tag, number, .. } = self.ledger.readings[slot];
             if stage == Stage::Reading && wanted(tag) {
                 self.reads.cancel(number);
                 count += 1;
@@ -575,13 +370,18 @@ impl<R: Reads> Core<R> {
     pub(crate) fn turn(&mut self, min: usize, timeout: Option<Duration>) -> Result<()> {
         let timeout = timeout.filter(|_| min > 0);
         let until = timeout.map(|timeout| self.reads.now().saturating_add(timeout));
-        let mut looks = 0;
+        let (mut looks, mut reaped) = (0, false);
         loop {
             self.look_at_abort();
+            let waiting = self.waiting.len();
             let blocked = self.start_waiting();
-            let satisfied = self.ended.len() >= min || self.outstanding() == 0;
+            reaped &= self.waiting.len() == waiting;
+            let satisfied = self.ledger.ended.len() >= min || self.outstanding() == 0;
             let left = until.map(|until| until.saturating_sub(self.reads.now()));
             if satisfied || left == Some(Duration::ZERO) {
+                if satisfied && reaped {
+                    return Ok(());
+                }
                 // Even without time to wait, what is queued is handed over and what is done is found.
                 self.reap(0, None)?;
                 self.expire();
@@ -590,15 +390,15 @@ impl<R: Reads> Core<R> {
                 if self.waiting.len() < waiting {
                     self.reap(0, None)?;
                 }
-                if satisfied || self.ended.len() >= min || self.outstanding() == 0 {
+                if satisfied || self.ledger.ended.len() >= min || self.outstanding() == 0 {
                     return Ok(());
                 }
                 return Err(PipelineError::timed_out(
                     format!("waiting for {min} completions"),
                     format!(
                         "{} are there, {} reads are in flight, {} requests wait for a slot: wait again or cancel",
-                        self.ended.len(),
-                        self.reading,
+                        self.ledger.ended.len(),
+                        self.ledger.reading,
                         self.waiting.len()
                     ),
                 ));
@@ -608,7 +408,8 @@ impl<R: Reads> Core<R> {
             let limit = left.into_iter().chain(deadline).chain(poll).min();
             if self.reads.in_flight() > 0 {
                 self.reap(1, limit)?;
-            } else if self.reading + self.held > 0 {
+                reaped = true;
+            } else if self.ledger.reading + self.ledger.held > 0 {
                 // They ended without the kernel: reads of no bytes, or cancelled before they were handed over.
                 self.reap(0, None)?;
             } else if looks < SPINS + YIELDS {
@@ -632,21 +433,19 @@ impl<R: Reads> Core<R> {
     }
 
     fn reap(&mut self, min: usize, limit: Option<Duration>) -> Result<()> {
-        // The records of what ended are looked at after the stream is done with them: they are few.
-        let mut ended = std::mem::take(&mut self.batch);
-        let driven = self.reads.turn(min, limit, |completion| ended.push(*completion));
-        if !ended.is_empty() {
-            let now = self.reads.now();
-            for completion in ended.drain(..) {
-                self.on_read(&completion, now);
-            }
+        let Self { reads, ledger, .. } = self;
+        let mut any = false;
+        let driven = reads.turn(min, limit, |completion, now| {
+            ledger.on_read(completion, now);
+            any = true;
+        });
+        if any {
             // One look at the tail for all of them.
-            self.queue.producer().settle();
+            ledger.queue.producer().settle();
         }
-        self.batch = ended;
         match driven {
             // Records first: the error waits for a call that has none.
-            Err(error) if self.ended.is_empty() => Err(error),
+            Err(error) if self.ledger.ended.is_empty() => Err(error),
             Err(error) => {
                 self.deferred.get_or_insert(error);
                 Ok(())
@@ -657,7 +456,7 @@ impl<R: Reads> Core<R> {
 
     /// When one side gave up, nothing that is read now is wanted.
     fn look_at_abort(&mut self) {
-        if !self.abort_seen && self.queue.producer().check_abort() != 0 {
+        if !self.abort_seen && self.ledger.queue.producer().check_abort() != 0 {
             self.abort_seen = true;
             self.cancel_all();
         }
@@ -666,11 +465,11 @@ impl<R: Reads> Core<R> {
     /// Takes the record of the request that ended first.
     #[inline]
     pub(crate) fn take(&mut self) -> Option<IngestCompletion> {
-        self.ended.pop_front()
+        self.ledger.ended.pop_front()
     }
 
     pub(crate) fn peek_status(&self) -> Option<i32> {
-        self.ended.front().map(|completion| completion.status)
+        self.ledger.ended.front().map(|completion| completion.status)
     }
 
     /// What a call returns that has `count` records: these first. The error of a system call waits for one that has none;
@@ -696,7 +495,7 @@ impl<R: Reads> Core<R> {
         loop {
             // Records beyond the capacity cannot come: each request has one.
             let failed = self.reap(0, None).is_err() || self.deferred.take().is_some();
-            if self.reading + self.held == 0 {
+            if self.ledger.reading + self.ledger.held == 0 {
                 break;
             }
             let left = until.saturating_sub(self.reads.now());
@@ -709,25 +508,25 @@ impl<R: Reads> Core<R> {
             }
         }
         self.poison_all();
-        self.reading + self.held == 0
+        self.ledger.reading + self.ledger.held == 0
     }
 
     /// Publishes every slot that is being read into as poison, and tells consumers how it ended.
     pub(crate) fn poison_all(&mut self) {
         let now = self.reads.now();
         self.end_waiting_where(|_| true, libc::ECANCELED);
-        for slot in 0..self.readings.len() {
-            if self.readings[slot].stage == Stage::Reading {
-                self.poison_early(slot, libc::ECANCELED, now);
+        for slot in 0..self.ledger.readings.len() {
+            if self.ledger.readings[slot].stage == Stage::Reading {
+                self.ledger.poison_early(slot, libc::ECANCELED, now);
             }
         }
-        if !matches!(self.queue.producer().closed(), Some(Refusal::Ended)) {
-            self.queue.abort(libc::ECANCELED);
+        if !matches!(self.ledger.queue.producer().closed(), Some(Refusal::Ended)) {
+            self.ledger.queue.abort(libc::ECANCELED);
         }
     }
 
     pub(crate) fn into_parts(self) -> (R, Arc<IoQueue>) {
-        (self.reads, self.queue)
+        (self.reads, self.ledger.queue)
     }
 
     // Numbers
@@ -738,26 +537,26 @@ impl<R: Reads> Core<R> {
         NvmeGpuIngestTelemetry {
             short_reads: stats.short_reads - self.before.short_reads,
             retries: stats.retries - self.before.retries,
-            credit_stall_time: self.counts.credit_stall_time + stall,
-            held_slots: self.held as u64,
-            in_flight: self.reading as u64,
+            credit_stall_time: self.ledger.counts.credit_stall_time + stall,
+            held_slots: self.ledger.held as u64,
+            in_flight: self.ledger.reading as u64,
             queued: self.waiting.len() as u64,
-            latency: self.latency.summary(),
-            ..self.counts
+            latency: self.ledger.latency.summary(),
+            ..self.ledger.counts
         }
     }
 
     pub(crate) fn reset_telemetry(&mut self) {
         self.before = self.reads.stats();
-        self.latency.clear();
-        self.counts = NvmeGpuIngestTelemetry {
-            max_in_flight: self.reading as u64,
+        self.ledger.latency.clear();
+        self.ledger.counts = NvmeGpuIngestTelemetry {
+            max_in_flight: self.ledger.reading as u64,
             max_queued: self.waiting.len() as u64,
             ..NvmeGpuIngestTelemetry::default()
         };
         if self.stalled.is_some() {
             self.stalled = Some(self.reads.now());
-            self.counts.credit_stalls = 1;
+            self.ledger.counts.credit_stalls = 1;
         }
     }
 }

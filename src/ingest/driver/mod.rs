@@ -1,6 +1,7 @@
 //! The driver: reads from files into the slots of an io_queue, driven by the caller.
 
 mod core;
+mod ledger;
 mod reads;
 
 pub(crate) use self::core::{Core, CoreOptions};

@@ -23,8 +23,8 @@ pub(crate) trait Reads {
     /// Queues a read into the slots; returns its number.
     fn submit(&mut self, read: SlotRead) -> Result<u64>;
     /// Submits what is queued, waits until `min` reads have ended or for `timeout`, and hands over those that have. A
-    /// failed one is given up: nothing waits for it.
-    fn turn(&mut self, min: usize, timeout: Option<Duration>, each: impl FnMut(&Completion)) -> Result<()>;
+    /// failed one is given up: nothing waits for it. `each` is told the time, too.
+    fn turn(&mut self, min: usize, timeout: Option<Duration>, each: impl FnMut(&Completion, Duration)) -> Result<()>;
     /// Asks for a read to be cancelled.
     fn cancel(&mut self, number: u64);
     /// Reads that have not ended.
@@ -45,7 +45,7 @@ impl Reads for AsyncUringStream<'_> {
     }
 
     #[inline]
-    fn turn(&mut self, min: usize, timeout: Option<Duration>, each: impl FnMut(&Completion)) -> Result<()> {
+    fn turn(&mut self, min: usize, timeout: Option<Duration>, each: impl FnMut(&Completion, Duration)) -> Result<()> {
         AsyncUringStream::turn(self, min, timeout, each)
     }
 

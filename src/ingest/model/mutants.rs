@@ -76,7 +76,7 @@ const RULES: &[Found] = &[
     (fault("free", "self.tail.load", FindsLatest("next")), &LAGGING_TAIL, "the host's tail"),
     // Two take the same sequence, two publish the same.
     (fault("reserve", "next.compare_exchange", Skips), &RESERVE, RACE),
-    (fault("announce", "stage.compare_exchange", Skips), &DEADLINE, "left != right"),
+    (fault("claim", "stage.compare_exchange", Skips), &DEADLINE, "left != right"),
     // The end of a late read is not told.
     (fault("land", "landed.store", Skips), &EARLY_POISON, STUCK),
     // What a word tells of comes after it.

@@ -39,7 +39,7 @@ impl SimReads {
     }
 
     /// Tells the driver of an end that has not come.
-    fn tell_early(&mut self, fault: Fault, each: &mut impl FnMut(&Completion)) {
+    fn tell_early(&mut self, fault: Fault, each: &mut impl FnMut(&Completion, Duration)) {
         let Self { flight, world, told_early, .. } = self;
         let held = fault == Fault::LandEarly;
         for (number, sequence) in world.sequences.iter().enumerate() {
@@ -50,7 +50,8 @@ impl SimReads {
             if flight.queue.attempts[read as usize].landed == 0 && world.mischief.now(fault) {
                 told_early.push(read);
                 let bytes = sequence.len as u64;
-                return each(&Completion { sequence: read, user_data: number as u64, bytes, ..Completion::default() });
+                let early = Completion { sequence: read, user_data: number as u64, bytes, ..Completion::default() };
+                return each(&early, flight.queue.now());
             }
         }
     }
@@ -105,13 +106,19 @@ impl Reads for SimReads {
         submitted
     }
 
-    fn turn(&mut self, min: usize, timeout: Option<Duration>, mut each: impl FnMut(&Completion)) -> Result<()> {
+    fn turn(
+        &mut self,
+        min: usize,
+        timeout: Option<Duration>,
+        mut each: impl FnMut(&Completion, Duration),
+    ) -> Result<()> {
         self.was_fresh = std::mem::take(&mut self.fresh);
         self.bustle();
         self.tell_early(Fault::PublishEarly, &mut each);
         self.tell_early(Fault::LandEarly, &mut each);
         let driven = self.flight.drive(min, timeout);
         let Self { flight, world, told_early, .. } = self;
+        let now = flight.queue.now();
         flight.take_all(|completion| {
             let mut told = *completion;
             if told_early.contains(&completion.sequence) || world.mischief.now(Fault::EndLost) {
@@ -122,7 +129,7 @@ impl Reads for SimReads {
             if told.status != 0 && world.mischief.now(Fault::ErrnoLost) {
                 told.status = 0;
             }
-            each(&told);
+            each(&told, now);
         });
         // As if they had worked meanwhile; what has just ended is not published yet.
         let done = world.bustle(&flight.queue, 1);

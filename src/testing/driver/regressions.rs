@@ -43,8 +43,14 @@ impl Reads for Manual {
         Ok(sequence)
     }
 
-    fn turn(&mut self, _min: usize, timeout: Option<Duration>, mut each: impl FnMut(&Completion)) -> Result<()> {
-        self.ended.drain(..).for_each(|completion| each(&completion));
+    fn turn(
+        &mut self,
+        _min: usize,
+        timeout: Option<Duration>,
+        mut each: impl FnMut(&Completion, Duration),
+    ) -> Result<()> {
+        let now = self.clock;
+        self.ended.drain(..).for_each(|completion| each(&completion, now));
         self.turns += 1;
         assert!(self.turns < 1000, "turns for ever");
         match self.fails {

@@ -240,14 +240,22 @@ impl<'a> AsyncUringStream<'a> {
         self.settle(count, driven)
     }
 
-    /// Submits what is queued, waits until `min` submissions have ended, and hands all that have to `each`; failed ones
-    /// are skipped. A wait that runs out of time is no error.
+    /// Submits what is queued, waits until `min` submissions have ended, and hands all that have to `each`, with the time; failed
+    /// ones are skipped. A wait that runs out of time is no error.
     #[inline]
-    pub(crate) fn turn(&mut self, min: usize, timeout: Option<Duration>, each: impl FnMut(&Completion)) -> Result<()> {
+    pub(crate) fn turn(
+        &mut self,
+        min: usize,
+        timeout: Option<Duration>,
+        mut each: impl FnMut(&Completion, Duration),
+    ) -> Result<()> {
         let flight = self.flight_mut()?;
         let driven = flight.drive_for(min, timeout);
         flight.queue.sweep();
-        flight.take_all(each);
+        if flight.ready() > 0 {
+            let now = flight.queue.now();
+            flight.take_all(|completion| each(completion, now));
+        }
         driven.map(drop)
     }
 
