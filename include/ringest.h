@@ -370,7 +370,8 @@ struct ringest_driver_counters {
     uint64_t leaked_reads;
     // Times a request found no free slot.
     uint64_t credit_stalls;
-    // Nanoseconds from such a moment to the next free slot, summed up; a stall that goes on included.
+    // Nanoseconds from such a moment to the driver's next look that finds one free (or the queue aborted), summed up; a
+    // stall that goes on included.
     uint64_t credit_stall_ns;
     // Requests with a slot that have not ended, now.
     uint64_t in_flight;
@@ -802,8 +803,8 @@ int32_t ringest_consumer_destroy(struct ringest_consumer *consumer);
 //
 // The thread that owns the ring. Close with ringest_driver_close or ringest_driver_destroy. It keeps the queue.
 //
-// Errors: -EBADF for either handle; -EBUSY when a stream or another driver has the ring; -EINVAL for options out of
-// range or out NULL; -E2BIG for an option struct with unknown fields; -EPERM on another thread; -ENODEV when the ring
+// Errors: -EBADF for either handle; -EBUSY when a stream or another driver has the ring, or another driver fills the
+// queue; -EINVAL for options out of range or out NULL; -E2BIG for an option struct with unknown fields; -EPERM on another thread; -ENODEV when the ring
 // is gone; -EOPNOTSUPP for checksums of slots in device memory; when strict also those of
 // ringest_ring_register_buffers. On failure the ring stays usable.
 int32_t ringest_driver_create(struct ringest_ring *ring,
@@ -844,8 +845,8 @@ int64_t ringest_driver_submit_batch(struct ringest_driver *driver,
                                     const struct ringest_ingest_request *requests,
                                     uint32_t count);
 
-// Accepts a stretch of a file, cut into reads of a slot's size, as far as there is room. Returns the bytes accepted.
-// All carry the tag; their file offsets tell them apart.
+// Accepts a stretch of a file, cut into reads of a slot's size, as far as there is room. Returns the bytes accepted: of 0
+// bytes nothing. All carry the tag; their file offsets tell them apart.
 //
 // The owning thread. The file's handle may be closed right after.
 //

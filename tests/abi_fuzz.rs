@@ -1315,7 +1315,7 @@ impl Model<'_> {
                     let rc = ringest_driver_submit_file(driver, file, at, len, 1);
                     let rc = self.judge("ringest_driver_submit_file", rc, live && valid);
                     assert!(rc < 0 || rc as u64 <= len);
-                    least + u64::from(rc >= 0)
+                    least + u64::from(rc > 0)
                 }
             }
         };

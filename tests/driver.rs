@@ -673,3 +673,114 @@ fn from_a_file_that_is_closed_and_gone() {
     }
     driver.drain(Some(LONG)).unwrap();
 }
+
+#[test]
+fn a_registered_file_stays_what_it_is_until_its_requests_are_read() {
+    let (old, new) = (TempFile::new(8192), TempFile::with_content(&[0xee; 8192]));
+    let (old, new) = (old.open(DirectMode::Off), new.open(DirectMode::Off));
+    let queue = queue(2, 4096);
+    let mut consumer = queue.consumer(0).unwrap();
+    let mut driver = with(ring!(), &queue, DriverOptions { queue_limit: 4, ..DriverOptions::default() });
+    driver.ring_mut().unwrap().register_files(&[old.as_fd().as_raw_fd()]).unwrap();
+    let file = driver.registered_file(0).unwrap();
+    for tag in 0..4 {
+        driver.submit(IngestRequest::new(file.clone(), tag * 512, 512, tag)).unwrap();
+    }
+    driver.wait(2, Some(LONG)).unwrap();
+    assert_eq!((driver.in_flight(), driver.queued()), (0, 2));
+    let busy = |driver: &mut NvmeGpuIngestDriver| {
+        let mut ring = driver.ring_mut().unwrap();
+        let update = errno(ring.update_file(0, Some(new.as_fd().as_raw_fd())));
+        (update, errno(ring.update_file(0, None)), errno(ring.unregister_files()))
+    };
+    assert_eq!(busy(&mut driver), (libc::EBUSY, libc::EBUSY, libc::EBUSY));
+    // One ends without a slot, the other is read.
+    assert_eq!(driver.cancel(3).unwrap(), 1);
+    assert_eq!(busy(&mut driver), (libc::EBUSY, libc::EBUSY, libc::EBUSY));
+    for tag in 0..3 {
+        eventually("the next slot", || driver.poll_completions().is_ok() && queue.tail() > tag);
+        assert_eq!(pop(&mut consumer), tag);
+    }
+    driver.drain(Some(LONG)).unwrap();
+    driver.ring_mut().unwrap().update_file(0, Some(new.as_fd().as_raw_fd())).unwrap();
+    // A request names the file that is there when it is accepted.
+    driver.submit(IngestRequest::new(file.clone(), 0, 512, 9)).unwrap();
+    driver.drain(Some(LONG)).unwrap();
+    let slot = consumer.wait_pop(LONG).unwrap();
+    assert!(consumer.payload(&slot).iter().all(|&byte| byte == 0xee));
+    consumer.release(slot).unwrap();
+    driver.ring_mut().unwrap().update_file(0, None).unwrap();
+    assert_eq!(errno(driver.submit(IngestRequest::new(file, 0, 512, 9))), libc::EINVAL);
+}
+
+/// Nothing ends the read; the abort must end the wait.
+#[test]
+fn an_abort_ends_a_wait_for_a_read_that_hangs() {
+    for by_consumer in [false, true] {
+        let pipe = Pipe::new();
+        let queue = queue(2, 4096);
+        let consumer = queue.consumer(0).unwrap();
+        let mut driver = driver(ring!(), &queue);
+        driver.submit(IngestRequest::new(pipe.fd(), 0, 100, 0)).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(SOON);
+                match by_consumer {
+                    true => consumer.abort(libc::EIO),
+                    false => drop(queue.abort(libc::EIO)),
+                }
+            });
+            assert_eq!(driver.wait(1, Some(LONG)).unwrap(), 1);
+        });
+        assert_eq!(records(&mut driver, 1)[0].status, -libc::ECANCELED);
+    }
+}
+
+#[test]
+fn a_submit_sees_what_a_consumer_said() {
+    let file = TempFile::new(4096);
+    let input = file.open(DirectMode::Off);
+    let queue = queue(2, 4096);
+    let mut driver = driver(ring!(), &queue);
+    for tag in 0..2 {
+        driver.submit(IngestRequest::new(&input, 0, 10, tag)).unwrap();
+    }
+    driver.drain(Some(LONG)).unwrap();
+    assert_eq!(errno(driver.submit(IngestRequest::new(&input, 0, 10, 2))), libc::EAGAIN);
+    assert_eq!(driver.telemetry_snapshot().credit_stalls, 1);
+    queue.consumer(0).unwrap().abort(libc::EIO);
+    assert_eq!(errno(driver.submit(IngestRequest::new(&input, 0, 10, 2))), libc::ECANCELED);
+    // No slot will come, so nothing stalls any more.
+    driver.drain(Some(LONG)).unwrap();
+    let before = driver.telemetry_snapshot().credit_stall_time;
+    std::thread::sleep(SOON);
+    assert_eq!(driver.telemetry_snapshot().credit_stall_time, before);
+}
+
+#[test]
+fn one_driver_fills_a_queue() {
+    let queue = queue(2, 4096);
+    let first = driver(ring!(), &queue);
+    let second = NvmeGpuIngestDriver::new(ring!(), Arc::clone(&queue), DriverOptions::default());
+    assert_eq!(errno(second), libc::EBUSY);
+    drop(first);
+    // Its end was the queue's.
+    let mut third = driver(ring!(), &queue);
+    assert_eq!(errno(third.submit(IngestRequest::new(0, 0, 1, 0))), libc::ECANCELED);
+}
+
+#[test]
+fn latency_ends_with_the_publication() {
+    const SLOT: u32 = 4 << 20;
+    let file = TempFile::new(8 * SLOT as usize);
+    let input = file.open(DirectMode::Off);
+    let queue = queue(8, SLOT);
+    let mut driver = with(ring!(), &queue, DriverOptions { crc32c: true, ..DriverOptions::default() });
+    let started = Instant::now();
+    driver.submit_file(&input, 0, 8 * u64::from(SLOT), 0).unwrap();
+    driver.drain(Some(LONG)).unwrap();
+    let took = started.elapsed();
+    let slowest = driver.telemetry_snapshot().latency.max;
+    // The last one's checksum and publication are in it.
+    assert!(slowest <= took && slowest > took / 4, "{slowest:?} of {took:?}");
+}

@@ -309,6 +309,7 @@ fn end_and_abort() {
     let (one, mut two) = (queue.consumer(0).unwrap(), queue.consumer(1).unwrap());
     produce(&queue).unwrap();
     one.abort(libc::ENODEV);
+    assert_eq!(errno(queue.reserve()), libc::ECANCELED);
     assert_eq!(two.wait_pop(LONG), Err(Outcome::Aborted));
     assert_eq!(two.error(), -libc::ENODEV);
     assert_eq!(queue.aborted(), libc::ENODEV);
@@ -622,13 +623,14 @@ fn a_forked_child() {
             produce(&queue).unwrap();
         }
         let slot = consumer.try_pop().unwrap();
-        let reserved = queue.reserve().unwrap();
+        let mut reserved = queue.reserve().unwrap();
         let child = fork(|| {
             assert_eq!((consumer.try_pop(), consumer.error()), (Err(Outcome::Aborted), -libc::EPERM));
             assert_eq!(consumer.wait_tail(0, SOON), Err(Outcome::Aborted));
             assert!(consumer.payload(&slot).is_empty() && !consumer.hand_back());
             consumer.abort(libc::EIO);
             assert_eq!(errno(consumer.release(slot)), libc::EPERM);
+            assert_eq!(errno(reserved.as_mut_slice()), libc::EPERM);
             assert_eq!(errno(reserved.publish(&SlotData::default())), libc::EPERM);
             assert_eq!(errno(queue.reserve()), libc::EPERM);
             assert_eq!(errno(queue.consumer(0)), libc::EPERM);

@@ -260,7 +260,8 @@ pub struct ringest_driver_counters {
     pub leaked_reads: u64,
     /// Times a request found no free slot.
     pub credit_stalls: u64,
-    /// Nanoseconds from such a moment to the next free slot, summed up; a stall that goes on included.
+    /// Nanoseconds from such a moment to the driver's next look that finds one free (or the queue aborted), summed up; a
+    /// stall that goes on included.
     pub credit_stall_ns: u64,
     /// Requests with a slot that have not ended, now.
     pub in_flight: u64,
@@ -364,8 +365,8 @@ unsafe fn make(
 ///
 /// The thread that owns the ring. Close with ringest_driver_close or ringest_driver_destroy. It keeps the queue.
 ///
-/// Errors: -EBADF for either handle; -EBUSY when a stream or another driver has the ring; -EINVAL for options out of
-/// range or out NULL; -E2BIG for an option struct with unknown fields; -EPERM on another thread; -ENODEV when the ring
+/// Errors: -EBADF for either handle; -EBUSY when a stream or another driver has the ring, or another driver fills the
+/// queue; -EINVAL for options out of range or out NULL; -E2BIG for an option struct with unknown fields; -EPERM on another thread; -ENODEV when the ring
 /// is gone; -EOPNOTSUPP for checksums of slots in device memory; when strict also those of
 /// ringest_ring_register_buffers. On failure the ring stays usable.
 #[unsafe(no_mangle)]
@@ -447,8 +448,8 @@ pub unsafe extern "C" fn ringest_driver_submit_batch(
     })
 }
 
-/// Accepts a stretch of a file, cut into reads of a slot's size, as far as there is room. Returns the bytes accepted.
-/// All carry the tag; their file offsets tell them apart.
+/// Accepts a stretch of a file, cut into reads of a slot's size, as far as there is room. Returns the bytes accepted: of 0
+/// bytes nothing. All carry the tag; their file offsets tell them apart.
 ///
 /// The owning thread. The file's handle may be closed right after.
 ///

@@ -167,6 +167,11 @@ impl<W: Words> Consumer<W> {
         libc::EPROTO
     }
 
+    /// The memory belongs to another queue: nothing is written to it.
+    fn is_anothers(&self) -> bool {
+        self.aborted == libc::ESTALE
+    }
+
     /// This consumer pops nothing more.
     pub(crate) fn give_up(&mut self, errno: i32) -> Outcome {
         self.aborted = errno;
@@ -175,6 +180,9 @@ impl<W: Words> Consumer<W> {
 
     /// Gives a popped slot back. The caller's loads from it are done.
     pub(crate) fn release(&self, sequence: u64) {
+        if self.is_anothers() {
+            return;
+        }
         let slot = (sequence & self.mask) as u32;
         if self.mode == ConsumeMode::Broadcast {
             // `pending` counts down from 0, so zeroed memory is right at first. Acquire and release: the other readers'
@@ -192,6 +200,9 @@ impl<W: Words> Consumer<W> {
 
     /// Gives up: nobody pops anything more.
     pub(crate) fn abort(&self, errno: i32) {
+        if self.is_anothers() {
+            return;
+        }
         let _ = self.words.abort().compare_exchange(0, errno.wrapping_neg() as u32, Release, Relaxed);
     }
 
@@ -240,7 +251,7 @@ impl<W: Words> Consumer<W> {
     /// Gives a ticket that was not popped back, for another consumer. False: none is held, or there is no place for it
     /// (more consumers than the view says).
     pub(crate) fn hand_back(&mut self) -> bool {
-        let Some(ticket) = self.ticket else { return false };
+        let Some(ticket) = self.ticket.filter(|_| !self.is_anothers()) else { return false };
         let next = ticket.wrapping_add(1);
         let newest = self.words.claim().compare_exchange(next, ticket, Relaxed, Relaxed).is_ok();
         let handed = newest
@@ -262,6 +273,9 @@ impl<W: Words> Consumer<W> {
         // Acquire: every payload below the tail is in place, and `first_bad` is told.
         let tail = self.words.tail().load(Acquire);
         let bad = self.words.first_bad().load(Relaxed) <= n;
+        if self.words.epoch().load(Relaxed) != self.epoch {
+            return Err(self.give_up(libc::ESTALE));
+        }
         if tail > n {
             return if bad { Err(Outcome::Poison) } else { Ok(()) };
         }

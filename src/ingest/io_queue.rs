@@ -129,6 +129,8 @@ pub struct IoQueue {
     alignment: u32,
     /// A view was given out and the consumers that have it may still run.
     lent: AtomicBool,
+    /// A driver fills it.
+    driven: AtomicBool,
     /// Which consumers of this process are attached.
     attached: Mutex<Vec<u32>>,
     /// Whose memory it is: none of it is in forked children.
@@ -171,7 +173,8 @@ impl IoQueue {
     ///
     /// # Safety
     /// While the queue or a consumer lives, nothing but the protocol touches the memory: no other read goes into it, no
-    /// host slice of it is made. A device block that the CPU cannot write is zero.
+    /// host slice of it is made. A device block that the CPU cannot write is zero. What the CPU writes is write-back
+    /// memory, not write-combined.
     ///
     /// # Errors
     /// `EINVAL` for options out of range, parts not aligned or overlapping; `ERANGE` for parts too small; `EOPNOTSUPP` for
@@ -247,6 +250,7 @@ impl IoQueue {
             view,
             alignment: options.alignment,
             lent: AtomicBool::new(false),
+            driven: AtomicBool::new(false),
             attached: Mutex::new(Vec::new()),
             process: Process::current(),
         }))
@@ -331,6 +335,7 @@ impl IoQueue {
     /// [`finish`](Self::finish); `ECANCELED` after an abort; `EPERM` in a forked child.
     pub fn reserve(&self) -> Result<IoSlot<'_>> {
         self.check_process()?;
+        self.producer.check_abort();
         match self.producer.reserve() {
             Ok(sequence) => Ok(IoSlot { queue: self, sequence, done: false }),
             Err(refusal) => Err(self.refusal(refusal)),
@@ -350,6 +355,19 @@ impl IoQueue {
             Refusal::Ended => PipelineError::busy("the io_queue", "its end was announced: make a new one"),
             Refusal::Aborted(errno) => PipelineError::QueueAborted { errno },
         }
+    }
+
+    /// A driver takes the queue; its end is the queue's.
+    pub(super) fn take_for_driver(&self) -> Result<()> {
+        match self.driven.swap(true, Ordering::Relaxed) {
+            true => Err(PipelineError::busy("the io_queue", "another driver fills it: give each driver its own queue")),
+            false => Ok(()),
+        }
+    }
+
+    /// The driver is gone.
+    pub(super) fn leave(&self) {
+        self.driven.store(false, Ordering::Relaxed);
     }
 
     pub(super) fn producer(&self) -> &Producer<MappedWords> {
@@ -570,8 +588,9 @@ impl IoSlot<'_> {
     /// The slot's bytes, all of its stride.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` for memory that the CPU must not touch.
+    /// `EOPNOTSUPP` for memory that the CPU must not touch, `EPERM` in a forked child.
     pub fn as_mut_slice(&mut self) -> Result<&mut [u8]> {
+        self.queue.check_process()?;
         let memory = &self.queue.memory.slots;
         if memory.kind() != MemoryKind::HostVisible {
             return Err(PipelineError::unsupported("CPU access to a slot in device memory", "have a device fill it"));

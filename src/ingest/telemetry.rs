@@ -75,7 +75,8 @@ pub struct NvmeGpuIngestTelemetry {
     pub leaked_reads: u64,
     /// Times a request found no free slot.
     pub credit_stalls: u64,
-    /// Time from such a moment to the next free slot, summed up; a stall that goes on included.
+    /// Time from such a moment to the driver's next look that finds one free (or the queue aborted), summed up; a stall
+    /// that goes on included.
     pub credit_stall_time: Duration,
     /// Requests with a slot that have not ended, now.
     pub in_flight: u64,

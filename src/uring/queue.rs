@@ -241,6 +241,12 @@ impl KernelQueue {
         &mut self.ring
     }
 
+    /// Where its time starts.
+    #[inline]
+    pub(crate) fn epoch(&self) -> Instant {
+        self.epoch
+    }
+
     /// Reads that the kernel has.
     pub(crate) fn reads(&self) -> usize {
         self.slots.len() - self.free.len()

@@ -19,6 +19,9 @@ const SPINS: u32 = 200;
 /// Yields after them.
 const YIELDS: u32 = 200;
 
+/// Longest wait for a read without a look whether one side gave up.
+const ABORT_POLL: Duration = Duration::from_millis(10);
+
 /// What the core needs of the driver's options.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CoreOptions {
@@ -143,14 +146,17 @@ impl<R: Reads> Core<R> {
     }
 
     #[inline]
-    fn submit_at(&mut self, request: IngestRequest, now: Duration) -> Result<u64> {
+    fn submit_at(&mut self, mut request: IngestRequest, now: Duration) -> Result<u64> {
         let IngestRequest { file_offset, len, timeout, .. } = request;
         PipelineError::check_range("a read into a slot", 0, len.into(), self.ledger.queue.slot_bytes().into())?;
         PipelineError::check_range("file offset", file_offset, len.into(), i64::MAX as u64)?;
         if self.finishing {
             return Err(PipelineError::busy("the driver", "it was finished: make a new one"));
         }
-        if let Some(refusal) = self.ledger.queue.producer().closed() {
+        let producer = self.ledger.queue.producer();
+        // The consumers' word too, which nothing else has looked at yet.
+        producer.check_abort();
+        if let Some(refusal) = producer.closed() {
             return Err(self.ledger.queue.refusal(refusal));
         }
         if self.outstanding() + self.ledger.ended.len() >= self.ledger.capacity {
@@ -160,15 +166,18 @@ impl<R: Reads> Core<R> {
             });
         }
         let deadline = timeout.map_or(Duration::MAX, |timeout| now.saturating_add(timeout));
+        request.file = self.reads.resolve(request.file)?;
         let number = self.requests;
         let sequence = if self.waiting.is_empty() { self.slot() } else { Err(Blocked::Credit) };
         match sequence {
             Ok(sequence) => self.start(sequence, number, request, now, deadline),
             Err(blocked) if blocked != Blocked::Closed && self.waiting.len() < self.options.queue_limit => {
+                // What is registered stays what it is until the request is read.
+                self.reads.count_user(&request.file, 1);
                 self.waiting.push_back(Waiting { number, request, at: now, deadline });
                 self.ledger.counts.max_queued = self.ledger.counts.max_queued.max(self.waiting.len() as u64);
             }
-            Err(blocked) => return Err(self.full(blocked)),
+            Err(_) => return Err(self.full()),
         }
         self.requests += 1;
         self.ledger.counts.submitted.add(len.into());
@@ -177,10 +186,11 @@ impl<R: Reads> Core<R> {
     }
 
     #[cold]
-    fn full(&self, blocked: Blocked) -> PipelineError {
-        let fix = match blocked {
-            Blocked::Depth => format!("poll for completions ({} in flight)", self.reads.in_flight()),
-            _ => format!("wait for consumers to release one of the {} slots", self.ledger.queue.slots()),
+    fn full(&self) -> PipelineError {
+        let flying = self.reads.in_flight();
+        let fix = match flying >= self.options.depth {
+            true => format!("poll for completions ({flying} in flight)"),
+            false => format!("wait for consumers to release one of the {} slots", self.ledger.queue.slots()),
         };
         PipelineError::QueueFull { queue: "the io_queue", fix: fix.into() }
     }
@@ -206,7 +216,12 @@ impl<R: Reads> Core<R> {
                 }
                 Err(Blocked::Credit)
             }
-            Err(Refusal::Ended | Refusal::Aborted(_)) => Err(Blocked::Closed),
+            Err(Refusal::Ended | Refusal::Aborted(_)) => {
+                // No slot will come.
+                let now = self.reads.now();
+                self.end_stall(now);
+                Err(Blocked::Closed)
+            }
         }
     }
 
@@ -257,8 +272,8 @@ impl<R: Reads> Core<R> {
             // A request that cannot work fails as a completion, like any other.
             Err(error) => {
                 let failed = Completion { status: -error.errno(), ..Completion::default() };
-                self.ledger.end(slot, &failed, at);
-                self.ledger.queue.producer().settle();
+                self.ledger.end(slot, &failed);
+                self.ledger.settle(at);
             }
         }
     }
@@ -271,7 +286,9 @@ impl<R: Reads> Core<R> {
             match closed.map_or_else(|| self.slot(), Err) {
                 Ok(sequence) => {
                     if let Some(Waiting { number, request, at, deadline }) = self.waiting.pop_front() {
+                        let file = request.file.clone();
                         self.start(sequence, number, request, at, deadline);
+                        self.reads.count_user(&file, -1);
                     }
                 }
                 Err(Blocked::Closed) => {
@@ -281,7 +298,8 @@ impl<R: Reads> Core<R> {
                 Err(blocked) => return blocked,
             }
         }
-        if self.stalled.is_some() && self.ledger.queue.producer().has_free() {
+        let producer = self.ledger.queue.producer();
+        if self.stalled.is_some() && (producer.has_free() || producer.closed().is_some()) {
             let now = self.reads.now();
             self.end_stall(now);
         }
@@ -333,6 +351,7 @@ impl<R: Reads> Core<R> {
         for _ in 0..before {
             let Some(request) = self.waiting.pop_front() else { break };
             if wanted(&request) {
+                self.reads.count_user(&request.request.file, -1);
                 self.ledger.end_without_slot(request.number, &request.request, request.at, errno, now);
             } else {
                 self.waiting.push_back(request);
@@ -404,7 +423,8 @@ impl<R: Reads> Core<R> {
                 ));
             }
             let deadline = (self.earliest != Duration::MAX).then(|| self.earliest.saturating_sub(self.reads.now()));
-            let poll = (blocked == Blocked::Credit).then_some(self.options.credit_poll);
+            // No store of a consumer, and no abort, ends a wait in the kernel: it is taken up again now and then.
+            let poll = Some(if blocked == Blocked::Credit { self.options.credit_poll } else { ABORT_POLL });
             let limit = left.into_iter().chain(deadline).chain(poll).min();
             if self.reads.in_flight() > 0 {
                 self.reap(1, limit)?;
@@ -434,14 +454,9 @@ impl<R: Reads> Core<R> {
 
     fn reap(&mut self, min: usize, limit: Option<Duration>) -> Result<()> {
         let Self { reads, ledger, .. } = self;
-        let mut any = false;
-        let driven = reads.turn(min, limit, |completion, now| {
-            ledger.on_read(completion, now);
-            any = true;
-        });
-        if any {
-            // One look at the tail for all of them.
-            ledger.queue.producer().settle();
+        let driven = reads.turn(min, limit, |completion, clock| ledger.on_read(completion, clock));
+        if ledger.has_unsettled() {
+            ledger.settle(reads.now());
         }
         match driven {
             // Records first: the error waits for a call that has none.
@@ -526,7 +541,7 @@ impl<R: Reads> Core<R> {
     }
 
     pub(crate) fn into_parts(self) -> (R, Arc<IoQueue>) {
-        (self.reads, self.ledger.queue)
+        (self.reads, Arc::clone(&self.ledger.queue))
     }
 
     // Numbers

@@ -49,12 +49,20 @@ pub(super) struct Ledger {
     pub(super) held: usize,
     /// Records not taken.
     pub(super) ended: VecDeque<IngestCompletion>,
+    /// Of these, the last whose slots are published without a word to the tail, nor a time.
+    unsettled: usize,
     /// Most requests whose records were not taken: there is room for all.
     pub(super) capacity: usize,
     /// Put the payload's CRC32C into each descriptor.
     checksums: bool,
     pub(super) counts: NvmeGpuIngestTelemetry,
     pub(super) latency: Histogram,
+}
+
+impl Drop for Ledger {
+    fn drop(&mut self) {
+        self.queue.leave();
+    }
 }
 
 impl Ledger {
@@ -67,6 +75,7 @@ impl Ledger {
             reading: 0,
             held: 0,
             ended: VecDeque::with_capacity(capacity),
+            unsettled: 0,
             capacity,
             checksums,
             counts: NvmeGpuIngestTelemetry::default(),
@@ -90,11 +99,17 @@ impl Ledger {
 
     /// A read ended.
     #[inline]
-    pub(super) fn on_read(&mut self, completion: &Completion, now: Duration) {
+    pub(super) fn on_read(&mut self, completion: &Completion, clock: &dyn Fn() -> Duration) {
         let slot = self.slot_of(completion.user_data);
         debug_assert_eq!(self.readings[slot].sequence, completion.user_data);
         match self.readings[slot].stage {
-            Stage::Reading => self.end(slot, completion, now),
+            Stage::Reading => {
+                self.end(slot, completion);
+                if self.checksums {
+                    // Nobody waits for the next one's checksum.
+                    self.settle(clock());
+                }
+            }
             Stage::Held => {
                 self.queue.producer().land(completion.user_data);
                 self.counts.bounce_bytes += completion.bounced;
@@ -105,9 +120,9 @@ impl Ledger {
         }
     }
 
-    /// Publishes a slot whose read has ended, and records the request's end.
+    /// Publishes a slot whose read has ended, and records the request's end, but for what [`settle`](Self::settle) adds.
     #[inline]
-    pub(super) fn end(&mut self, slot: usize, completion: &Completion, now: Duration) {
+    pub(super) fn end(&mut self, slot: usize, completion: &Completion) {
         let reading = self.readings[slot];
         // Whole blocks were read: what lies before and behind the payload does not count, and may be missing.
         let landed = completion.bytes.saturating_sub(reading.lead.into()).min(reading.len.into()) as u32;
@@ -147,8 +162,27 @@ impl Ledger {
             bounced: completion.bounced,
             status,
             path: completion.path,
-            latency: now.saturating_sub(reading.at),
+            // When it began; `settle` makes a latency of it.
+            latency: reading.at,
         });
+        self.unsettled += 1;
+    }
+
+    /// Whether there are slots that are published without a word to the tail, nor a time.
+    pub(super) fn has_unsettled(&self) -> bool {
+        self.unsettled > 0
+    }
+
+    /// Has the tail follow what was published, once for all of it, and notes how long it took.
+    pub(super) fn settle(&mut self, now: Duration) {
+        self.queue.producer().settle();
+        let first = self.ended.len() - std::mem::take(&mut self.unsettled);
+        for completion in self.ended.range_mut(first..) {
+            completion.latency = now.saturating_sub(completion.latency);
+            if completion.status == 0 {
+                self.latency.record(completion.latency);
+            }
+        }
     }
 
     #[cold]
@@ -171,7 +205,6 @@ impl Ledger {
             0 => {
                 self.counts.completed.add(completion.bytes.into());
                 self.counts.paths[completion.path as usize].add(completion.bytes.into());
-                self.latency.record(completion.latency);
             }
             errno => {
                 self.counts.failed += 1;

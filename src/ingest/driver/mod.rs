@@ -228,8 +228,8 @@ impl NvmeGpuIngestDriver {
     /// their records, unless `strict`.
     ///
     /// # Errors
-    /// `EPERM` on a thread that does not own the ring, `EINVAL` for options out of range, `EOPNOTSUPP` for checksums of
-    /// memory that the CPU cannot read; when strict also those of
+    /// `EPERM` on a thread that does not own the ring, `EBUSY` while another driver fills the queue, `EINVAL` for options
+    /// out of range, `EOPNOTSUPP` for checksums of memory that the CPU cannot read; when strict also those of
     /// [`IoUringState::register_buffers`](crate::IoUringState::register_buffers).
     pub fn new(ring: IoUringState, queue: Arc<IoQueue>, options: DriverOptions) -> Result<Self> {
         Self::try_new(ring, queue, options).map_err(|(_, error)| error)
@@ -253,9 +253,13 @@ impl NvmeGpuIngestDriver {
             Ok(resolved) => resolved,
             Err(error) => return Err((Box::new(ring), error)),
         };
+        if let Err(error) = queue.take_for_driver() {
+            return Err((Box::new(ring), error));
+        }
         let slots = queue.slot_memory().clone_handle();
         // Consumers follow the queue's tail, not the stream's.
-        let stream = AsyncUringStream::try_new(ring, slots, TailWord::None, stream_options)?;
+        let stream = AsyncUringStream::try_new(ring, slots, TailWord::None, stream_options);
+        let stream = stream.inspect_err(|_| queue.leave())?;
         Ok(Self { core: Some(Core::new(stream, queue, core_options)), close_timeout: options.close_timeout })
     }
 
@@ -304,7 +308,7 @@ impl NvmeGpuIngestDriver {
     }
 
     /// Accepts a stretch of a file, cut into reads of a slot's size, as far as there is room; returns the bytes accepted,
-    /// like `write(2)`. All carry the tag; their file offsets tell them apart.
+    /// like `write(2)`: of 0 bytes nothing. All carry the tag; their file offsets tell them apart.
     ///
     /// # Errors
     /// As [`submit`](Self::submit), when nothing is accepted.
@@ -312,8 +316,11 @@ impl NvmeGpuIngestDriver {
         let core = self.core_mut()?;
         PipelineError::check_range("file offset", file_offset, len, i64::MAX as u64)?;
         let piece = u64::from(core.queue().slot_bytes());
+        if len == 0 {
+            return Ok(0);
+        }
         let file = file.into();
-        let pieces = (0..len.div_ceil(piece).max(1)).map(|index| {
+        let pieces = (0..len.div_ceil(piece)).map(|index| {
             let start = index * piece;
             IngestRequest::new(file.clone(), file_offset + start, (len - start).min(piece) as u32, tag)
         });

@@ -20,11 +20,20 @@ pub(crate) struct SlotRead {
 
 /// Reads in flight, in any order.
 pub(crate) trait Reads {
+    /// What a file is now: a registered one is looked up in the ring's table.
+    fn resolve(&self, file: FileRef) -> Result<FileRef>;
+    /// A request that is not submitted yet starts (1) or stops (-1) to depend on a file.
+    fn count_user(&mut self, file: &FileRef, change: i32);
     /// Queues a read into the slots; returns its number.
     fn submit(&mut self, read: SlotRead) -> Result<u64>;
     /// Submits what is queued, waits until `min` reads have ended or for `timeout`, and hands over those that have. A
-    /// failed one is given up: nothing waits for it. `each` is told the time, too.
-    fn turn(&mut self, min: usize, timeout: Option<Duration>, each: impl FnMut(&Completion, Duration)) -> Result<()>;
+    /// failed one is given up: nothing waits for it. `each` can ask for the time.
+    fn turn(
+        &mut self,
+        min: usize,
+        timeout: Option<Duration>,
+        each: impl FnMut(&Completion, &dyn Fn() -> Duration),
+    ) -> Result<()>;
     /// Asks for a read to be cancelled.
     fn cancel(&mut self, number: u64);
     /// Reads that have not ended.
@@ -39,13 +48,27 @@ pub(crate) trait Reads {
 
 impl Reads for AsyncUringStream<'_> {
     #[inline]
+    fn resolve(&self, file: FileRef) -> Result<FileRef> {
+        AsyncUringStream::resolve(self, file)
+    }
+
+    fn count_user(&mut self, file: &FileRef, change: i32) {
+        AsyncUringStream::count_user(self, file, change);
+    }
+
+    #[inline]
     fn submit(&mut self, read: SlotRead) -> Result<u64> {
         let SlotRead { file, file_offset, offset, len, slack, user_data } = read;
         self.submit_with_slack(file, file_offset, offset, len, slack, user_data)
     }
 
     #[inline]
-    fn turn(&mut self, min: usize, timeout: Option<Duration>, each: impl FnMut(&Completion, Duration)) -> Result<()> {
+    fn turn(
+        &mut self,
+        min: usize,
+        timeout: Option<Duration>,
+        each: impl FnMut(&Completion, &dyn Fn() -> Duration),
+    ) -> Result<()> {
         AsyncUringStream::turn(self, min, timeout, each)
     }
 

@@ -277,6 +277,7 @@ impl Play {
         let world = &self.core.reads.world;
         match world.words.state() {
             _ if self.finishing => return libc::EBUSY,
+            _ if world.words.abort() != 0 => return libc::ECANCELED,
             state::OPEN => {}
             state::END => return libc::EBUSY,
             _ => return libc::ECANCELED,

@@ -5,7 +5,7 @@ use super::Fault;
 use super::world::World;
 use crate::error::{PipelineError, Result};
 use crate::ingest::{Reads, SlotRead};
-use crate::uring::{Completion, Flight, Queue, Request, StreamStats};
+use crate::uring::{Completion, FileRef, Flight, Queue, Request, StreamStats};
 use std::time::Duration;
 
 /// See the module's text.
@@ -39,7 +39,7 @@ impl SimReads {
     }
 
     /// Tells the driver of an end that has not come.
-    fn tell_early(&mut self, fault: Fault, each: &mut impl FnMut(&Completion, Duration)) {
+    fn tell_early(&mut self, fault: Fault, each: &mut impl FnMut(&Completion, &dyn Fn() -> Duration)) {
         let Self { flight, world, told_early, .. } = self;
         let held = fault == Fault::LandEarly;
         for (number, sequence) in world.sequences.iter().enumerate() {
@@ -51,7 +51,8 @@ impl SimReads {
                 told_early.push(read);
                 let bytes = sequence.len as u64;
                 let early = Completion { sequence: read, user_data: number as u64, bytes, ..Completion::default() };
-                return each(&early, flight.queue.now());
+                let now = flight.queue.now();
+                return each(&early, &|| now);
             }
         }
     }
@@ -67,6 +68,14 @@ impl World {
 }
 
 impl Reads for SimReads {
+    fn resolve(&self, file: FileRef) -> Result<FileRef> {
+        Ok(file)
+    }
+
+    fn count_user(&mut self, file: &FileRef, change: i32) {
+        self.flight.queue.count_user(file, change);
+    }
+
     fn submit(&mut self, read: SlotRead) -> Result<u64> {
         self.fresh = true;
         let Self { flight, world, .. } = self;
@@ -110,7 +119,7 @@ impl Reads for SimReads {
         &mut self,
         min: usize,
         timeout: Option<Duration>,
-        mut each: impl FnMut(&Completion, Duration),
+        mut each: impl FnMut(&Completion, &dyn Fn() -> Duration),
     ) -> Result<()> {
         self.was_fresh = std::mem::take(&mut self.fresh);
         self.bustle();
@@ -129,7 +138,7 @@ impl Reads for SimReads {
             if told.status != 0 && world.mischief.now(Fault::ErrnoLost) {
                 told.status = 0;
             }
-            each(&told, now);
+            each(&told, &|| now);
         });
         // As if they had worked meanwhile; what has just ended is not published yet.
         let done = world.bustle(&flight.queue, 1);

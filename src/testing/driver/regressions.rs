@@ -47,10 +47,10 @@ impl Reads for Manual {
         &mut self,
         _min: usize,
         timeout: Option<Duration>,
-        mut each: impl FnMut(&Completion, Duration),
+        mut each: impl FnMut(&Completion, &dyn Fn() -> Duration),
     ) -> Result<()> {
         let now = self.clock;
-        self.ended.drain(..).for_each(|completion| each(&completion, now));
+        self.ended.drain(..).for_each(|completion| each(&completion, &|| now));
         self.turns += 1;
         assert!(self.turns < 1000, "turns for ever");
         match self.fails {
@@ -62,6 +62,12 @@ impl Reads for Manual {
             }
         }
     }
+
+    fn resolve(&self, file: FileRef) -> Result<FileRef> {
+        Ok(file)
+    }
+
+    fn count_user(&mut self, _file: &FileRef, _change: i32) {}
 
     fn cancel(&mut self, _number: u64) {}
 

@@ -2,6 +2,7 @@
 
 mod submit;
 
+use super::file::FileRef;
 use super::flight::{Completion, Flight, FlightOptions, Segment, StreamStats};
 use super::queue::{KernelQueue, Queue, Target};
 use super::ring::{IoUringState, RingRegistrations};
@@ -240,22 +241,20 @@ impl<'a> AsyncUringStream<'a> {
         self.settle(count, driven)
     }
 
-    /// Submits what is queued, waits until `min` submissions have ended, and hands all that have to `each`, with the time; failed
+    /// Submits what is queued, waits until `min` submissions have ended, and hands all that have to `each`, with a clock; failed
     /// ones are skipped. A wait that runs out of time is no error.
     #[inline]
     pub(crate) fn turn(
         &mut self,
         min: usize,
         timeout: Option<Duration>,
-        mut each: impl FnMut(&Completion, Duration),
+        mut each: impl FnMut(&Completion, &dyn Fn() -> Duration),
     ) -> Result<()> {
         let flight = self.flight_mut()?;
         let driven = flight.drive_for(min, timeout);
         flight.queue.sweep();
-        if flight.ready() > 0 {
-            let now = flight.queue.now();
-            flight.take_all(|completion| each(completion, now));
-        }
+        let epoch = flight.queue.epoch();
+        flight.take_all(|completion| each(completion, &|| epoch.elapsed()));
         driven.map(drop)
     }
 
@@ -268,6 +267,22 @@ impl<'a> AsyncUringStream<'a> {
     /// Whether this is a child of the process that made the stream.
     pub(crate) fn is_forked(&self) -> bool {
         self.ring().owner.is_forked()
+    }
+
+    /// What a file is now: a registered one is looked up in the ring's table.
+    #[inline]
+    pub(crate) fn resolve(&self, file: FileRef) -> Result<FileRef> {
+        match file.registered_index() {
+            Some(index) => self.registered_file(index),
+            None => Ok(file),
+        }
+    }
+
+    /// Somebody with a read that is not submitted yet starts (1) or stops (-1) to depend on a registered file.
+    pub(crate) fn count_user(&mut self, file: &FileRef, change: i32) {
+        if let Some(flight) = &mut self.flight {
+            flight.queue.count_user(file, change);
+        }
     }
 
     /// Monotonic time, from when the stream was made.
