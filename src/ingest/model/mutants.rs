@@ -86,7 +86,7 @@ const RULES: &[Found] = &[
     // A second failure is told as the first.
     (fault("tell", "bad_told.store", Skips), &POISON, "first_bad"),
     // The tail has two owners.
-    (fault("changed", "fetch_add", Finds(0)), &TAIL, STUCK),
+    (fault("changed", "fetch_add", Finds(0)), &TAIL_OF_TWO, "the tail word"),
     // Somebody reserves after the end.
     (fault("finish", "next.compare_exchange", Skips), &END_WITH_DATA, "left == right"),
     // A ticket handed back is not traded for, or lost.

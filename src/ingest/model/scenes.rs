@@ -57,6 +57,17 @@ pub(super) const HOST_TAIL: Scene = Scene {
     },
 };
 
+/// Two publish; the tail passes both and never falls back.
+pub(super) const TAIL_OF_TWO: Scene = Scene {
+    name: "tail of two",
+    preemptions: 3,
+    run: || {
+        let queue = Queue::new(ConsumeMode::Single, 1);
+        publishers(&queue).into_iter().for_each(join);
+        queue.check_told(2, NO_SEQUENCE, state::OPEN);
+    },
+};
+
 fn wrap(first: u64) {
     let queue = Queue::starting_at(ConsumeMode::Single, 1, first);
     let mut reader = queue.consumer(0);
@@ -455,6 +466,7 @@ holds! {
     a_payload_is_whole_once_popped: POP,
     payloads_below_the_tail_are_whole: TAIL,
     payloads_below_the_hosts_tail_are_whole: HOST_TAIL,
+    the_tail_never_falls_back: TAIL_OF_TWO,
     a_slot_is_reused_once_released: WRAP,
     a_queue_may_begin_at_its_last_slot: WRAP_AT_1,
     sequences_pass_32_bits: WRAP_AT_U32,
