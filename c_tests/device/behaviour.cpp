@@ -394,7 +394,7 @@ static void the_memory_of_another_queue_is_not_written_to() {
     CHECK(error == -ESTALE);
 }
 
-static void the_epoch_is_looked_at_by_the_first_pop() {
+static void the_epoch_is_looked_at_by_every_pop() {
     queue q(RINGEST_CONSUME_MODE_SINGLE, 4);
     device::consumer<> c(q.view, 0), d(q.view, 0);
     device::slot item = {};
@@ -405,9 +405,11 @@ static void the_epoch_is_looked_at_by_the_first_pop() {
     CHECK(pop(c) == RINGEST_OUTCOME_ABORTED && c.error() == -ESTALE);
     c.release(item);
     CHECK(get<uint64_t>(q.released(0)) == 0 && q.abort_word() == 0);
-    // Once.
+    // Not by the first alone.
     q.publish();
-    pops(q, d, 1);
+    CHECK(pop(d) == RINGEST_OUTCOME_ABORTED && d.error() == -ESTALE);
+    d.release(item);
+    CHECK(get<uint64_t>(q.released(0)) == 0 && q.abort_word() == 0);
 }
 
 // Words that cannot be: one consumer sees them, all learn it.
@@ -559,7 +561,7 @@ int main() {
     a_new_consumer_goes_on_where_the_last_one_was();
     a_bad_view_touches_nothing();
     the_memory_of_another_queue_is_not_written_to();
-    the_epoch_is_looked_at_by_the_first_pop();
+    the_epoch_is_looked_at_by_every_pop();
     words_that_make_no_sense_abort_the_queue();
     a_wait_lasts_as_long_as_it_should();
     a_tail_says_how_far_all_is_there();
