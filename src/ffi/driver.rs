@@ -485,16 +485,16 @@ pub extern "C" fn ringest_driver_poll(driver: *mut ringest_driver) -> i64 {
 ///
 /// # Safety
 /// `out` is null or has room for `max` records; what is returned is called at most that often.
-unsafe fn records(out: *mut ringest_ingest_completion, max: u32) -> Outcome<impl FnMut(IngestCompletion)> {
+unsafe fn records(out: *mut ringest_ingest_completion, max: u32) -> Outcome<impl FnMut(&IngestCompletion)> {
     if out.is_null() && max > 0 {
         return Err(Failure::new(libc::EINVAL, "completions is NULL"));
     }
     check_count::<ringest_ingest_completion>(max as usize, "completions")?;
     let mut next = out;
-    Ok(move |completion: IngestCompletion| {
+    Ok(move |completion: &IngestCompletion| {
         // SAFETY: there is room for `max` records by contract, and this is called at most that often.
         unsafe {
-            next.write(completion.into());
+            next.write((*completion).into());
             next = next.add(1);
         }
     })

@@ -493,6 +493,7 @@ impl FileTable {
         self.entries.as_ref().map_or(0, Vec::len) as u32
     }
 
+    #[inline]
     pub(super) fn get(&self, index: u32) -> Result<FileRef> {
         let table = self.entries.as_deref().unwrap_or_default();
         match table.get(index as usize) {

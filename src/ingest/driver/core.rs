@@ -136,6 +136,10 @@ impl<R: Reads> Core<R> {
         let now = self.reads.now();
         let mut accepted = 0;
         for request in requests {
+            // An error is made in words only to be returned.
+            if accepted > 0 && !self.has_room() {
+                break;
+            }
             match self.submit_at(request, now) {
                 Ok(_) => accepted += 1,
                 Err(error) if accepted == 0 => return Err(error),
@@ -143,6 +147,17 @@ impl<R: Reads> Core<R> {
             }
         }
         Ok(accepted)
+    }
+
+    /// Whether one more request can be accepted.
+    #[inline]
+    fn has_room(&self) -> bool {
+        let starts = || {
+            let depth = self.reads.in_flight() < self.options.depth;
+            self.waiting.is_empty() && depth && self.ledger.queue.producer().has_free()
+        };
+        self.outstanding() + self.ledger.ended.len() < self.ledger.capacity
+            && (self.waiting.len() < self.options.queue_limit || starts())
     }
 
     #[inline]
@@ -264,17 +279,16 @@ impl<R: Reads> Core<R> {
         });
         let stage = Stage::Reading;
         let (data_offset, lead) = (data_offset as u32, lead as u32);
-        let reading =
-            Reading { stage, sequence, request, tag, file_offset, len, data_offset, lead, number: 0, at, deadline };
-        self.ledger.begin(slot, reading);
-        match number {
-            Ok(number) => self.ledger.readings[slot].number = number,
+        let (number, refused) = number.map_or_else(|error| (0, Some(error)), |number| (number, None));
+        self.ledger.begin(
+            slot,
+            Reading { stage, sequence, request, tag, file_offset, len, data_offset, lead, number, at, deadline },
+        );
+        if let Some(error) = refused {
             // A request that cannot work fails as a completion, like any other.
-            Err(error) => {
-                let failed = Completion { status: -error.errno(), ..Completion::default() };
-                self.ledger.end(slot, &failed);
-                self.ledger.settle(at);
-            }
+            let failed = Completion { status: -error.errno(), ..Completion::default() };
+            self.ledger.end(slot, &failed);
+            self.ledger.settle(at);
         }
     }
 
@@ -286,9 +300,9 @@ impl<R: Reads> Core<R> {
             match closed.map_or_else(|| self.slot(), Err) {
                 Ok(sequence) => {
                     if let Some(Waiting { number, request, at, deadline }) = self.waiting.pop_front() {
-                        let file = request.file.clone();
+                        // The read counts for itself at once.
+                        self.reads.count_user(&request.file, -1);
                         self.start(sequence, number, request, at, deadline);
-                        self.reads.count_user(&file, -1);
                     }
                 }
                 Err(Blocked::Closed) => {
@@ -427,8 +441,12 @@ impl<R: Reads> Core<R> {
             let poll = Some(if blocked == Blocked::Credit { self.options.credit_poll } else { ABORT_POLL });
             let limit = left.into_iter().chain(deadline).chain(poll).min();
             if self.reads.in_flight() > 0 {
-                self.reap(1, limit)?;
-                reaped = true;
+                // What the page cache has ends while it is handed over: no wait, and no timer for it.
+                if !std::mem::replace(&mut reaped, true) {
+                    self.reap(0, None)?;
+                } else {
+                    self.reap(1, limit)?;
+                }
             } else if self.ledger.reading + self.ledger.held > 0 {
                 // They ended without the kernel: reads of no bytes, or cancelled before they were handed over.
                 self.reap(0, None)?;
@@ -481,6 +499,15 @@ impl<R: Reads> Core<R> {
     #[inline]
     pub(crate) fn take(&mut self) -> Option<IngestCompletion> {
         self.ledger.ended.pop_front()
+    }
+
+    /// Hands over at most `max` records, in the order in which their requests ended; how many.
+    #[inline]
+    pub(crate) fn hand_over(&mut self, max: usize, each: impl FnMut(&IngestCompletion)) -> usize {
+        let count = max.min(self.ledger.ended.len());
+        self.ledger.ended.range(..count).for_each(each);
+        self.ledger.ended.drain(..count);
+        count
     }
 
     pub(crate) fn peek_status(&self) -> Option<i32> {

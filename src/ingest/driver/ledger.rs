@@ -123,7 +123,7 @@ impl Ledger {
     /// Publishes a slot whose read has ended, and records the request's end, but for what [`settle`](Self::settle) adds.
     #[inline]
     pub(super) fn end(&mut self, slot: usize, completion: &Completion) {
-        let reading = self.readings[slot];
+        let reading = &self.readings[slot];
         // Whole blocks were read: what lies before and behind the payload does not count, and may be missing.
         let landed = completion.bytes.saturating_sub(reading.lead.into()).min(reading.len.into()) as u32;
         let (status, bytes) = match -completion.status {
@@ -147,12 +147,7 @@ impl Ledger {
         };
         let published = self.queue.producer().publish_untold(reading.sequence, &descriptor);
         debug_assert!(published, "sequence {} was published by somebody else", reading.sequence);
-        self.readings[slot].stage = Stage::Idle;
-        self.reading -= 1;
-        self.counts.published_slots += 1;
-        self.counts.poisoned_slots += u64::from(status != 0);
-        self.counts.bounce_bytes += completion.bounced;
-        self.record(IngestCompletion {
+        let record = IngestCompletion {
             request: reading.request,
             sequence: reading.sequence,
             tag: reading.tag,
@@ -164,7 +159,13 @@ impl Ledger {
             path: completion.path,
             // When it began; `settle` makes a latency of it.
             latency: reading.at,
-        });
+        };
+        self.readings[slot].stage = Stage::Idle;
+        self.reading -= 1;
+        self.counts.published_slots += 1;
+        self.counts.poisoned_slots += u64::from(status != 0);
+        self.counts.bounce_bytes += completion.bounced;
+        self.record(record);
         self.unsettled += 1;
     }
 
@@ -199,7 +200,7 @@ impl Ledger {
     }
 
     /// Counts the end of a request and keeps its record.
-    #[inline]
+    #[inline(always)]
     fn record(&mut self, completion: IngestCompletion) {
         match -completion.status {
             0 => {

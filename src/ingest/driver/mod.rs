@@ -382,13 +382,13 @@ impl NvmeGpuIngestDriver {
         let mut places = out.iter_mut();
         self.poll_each(places.len(), |completion| {
             if let Some(place) = places.next() {
-                *place = completion;
+                *place = *completion;
             }
         })
     }
 
     /// As [`poll_completions_into`](Self::poll_completions_into), handing at most `max` records to `each`.
-    pub(crate) fn poll_each(&mut self, max: usize, each: impl FnMut(IngestCompletion)) -> Result<usize> {
+    pub(crate) fn poll_each(&mut self, max: usize, each: impl FnMut(&IngestCompletion)) -> Result<usize> {
         self.wait_each(max, 0, None, each)
     }
 
@@ -414,7 +414,7 @@ impl NvmeGpuIngestDriver {
         let mut places = out.iter_mut();
         self.wait_each(places.len(), min, timeout, |completion| {
             if let Some(place) = places.next() {
-                *place = completion;
+                *place = *completion;
             }
         })
     }
@@ -425,17 +425,11 @@ impl NvmeGpuIngestDriver {
         max: usize,
         min: usize,
         timeout: Option<Duration>,
-        mut each: impl FnMut(IngestCompletion),
+        each: impl FnMut(&IngestCompletion),
     ) -> Result<usize> {
         let core = self.core_mut()?;
         let driven = core.turn(min.min(max), timeout);
-        let mut count = 0;
-        while count < max
-            && let Some(completion) = core.take()
-        {
-            each(completion);
-            count += 1;
-        }
+        let count = core.hand_over(max, each);
         core.settle(count, driven)
     }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 /// A read into a slot.
 #[derive(Debug)]
 pub(crate) struct SlotRead {
+    /// As `resolve` gave it.
     pub(crate) file: FileRef,
     pub(crate) file_offset: u64,
     /// In the slots.
@@ -59,7 +60,7 @@ impl Reads for AsyncUringStream<'_> {
     #[inline]
     fn submit(&mut self, read: SlotRead) -> Result<u64> {
         let SlotRead { file, file_offset, offset, len, slack, user_data } = read;
-        self.submit_with_slack(file, file_offset, offset, len, slack, user_data)
+        self.submit_resolved(file, file_offset, offset, len, slack, user_data)
     }
 
     #[inline]

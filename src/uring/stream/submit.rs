@@ -58,13 +58,13 @@ impl AsyncUringStream<'_> {
     ) -> Result<u64> {
         PipelineError::check_range("read target", buffer_offset as u64, len as u64, self.buffer.len() as u64)?;
         let segment = (self.buffer.span().start + buffer_offset, len);
-        self.submit(file.into(), file_offset, None, &[segment], buffer_offset, user_data, 0)
+        self.submit(file.into(), file_offset, None, &[segment], buffer_offset, user_data)
     }
 
-    /// The same, where the last `slack` bytes may be missing: they are there to make whole blocks. The record then says
-    /// how many bytes came.
+    /// The same for a file that [`resolve`](Self::resolve) gave, where the last `slack` bytes may be missing: they are there
+    /// to make whole blocks. The record then says how many bytes came.
     #[inline]
-    pub(crate) fn submit_with_slack(
+    pub(crate) fn submit_resolved(
         &mut self,
         file: FileRef,
         file_offset: u64,
@@ -74,8 +74,11 @@ impl AsyncUringStream<'_> {
         user_data: u64,
     ) -> Result<u64> {
         PipelineError::check_range("read target", buffer_offset as u64, len as u64, self.buffer.len() as u64)?;
-        let segment = (self.buffer.span().start + buffer_offset, len);
-        self.submit(file, file_offset, None, &[segment], buffer_offset, user_data, slack)
+        PipelineError::check_range("file offset", file_offset, len as u64, i64::MAX as u64)?;
+        let segments = [(self.buffer.span().start + buffer_offset, len)];
+        let (target, segments, buffer_offset) = (None, &segments[..], buffer_offset as u64);
+        let request = Request { file, file_offset, target, segments, buffer_offset, user_data, slack };
+        self.flight_mut()?.submit(request)
     }
 
     /// Reads one contiguous stretch of the file, from `file_offset` on, into several ranges (offset, length) of the
@@ -121,7 +124,7 @@ impl AsyncUringStream<'_> {
         let result = if by_address.windows(2).any(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
             Err(PipelineError::invalid("overlapping ranges", "each byte of the buffer can take one byte of the file"))
         } else {
-            self.submit(file, file_offset, None, segments_in_order, first, user_data, 0)
+            self.submit(file, file_offset, None, segments_in_order, first, user_data)
         };
         self.segments = segments;
         result
@@ -166,7 +169,7 @@ impl AsyncUringStream<'_> {
         let what = "read target in a registered buffer";
         PipelineError::check_range(what, buffer_offset as u64, len as u64, entry.len() as u64)?;
         let segment = (entry.start() + buffer_offset, len);
-        self.submit(file.into(), file_offset, Some(Target::Registered(entry)), &[segment], buffer_offset, user_data, 0)
+        self.submit(file.into(), file_offset, Some(Target::Registered(entry)), &[segment], buffer_offset, user_data)
     }
 
     /// Reads from the file registered with the ring as `file_index`; otherwise as
@@ -212,7 +215,6 @@ impl AsyncUringStream<'_> {
     }
 
     #[inline]
-    #[allow(clippy::too_many_arguments, reason = "the one place where every way to submit ends")]
     fn submit(
         &mut self,
         file: FileRef,
@@ -221,7 +223,6 @@ impl AsyncUringStream<'_> {
         segments: &[Segment],
         buffer_offset: usize,
         user_data: u64,
-        slack: u32,
     ) -> Result<u64> {
         let finished = self.finished;
         let flight = self.flight_mut()?;
@@ -236,7 +237,7 @@ impl AsyncUringStream<'_> {
             None => file,
         };
         let buffer_offset = buffer_offset as u64;
-        flight.submit(Request { file, file_offset, target, segments, buffer_offset, user_data, slack })
+        flight.submit(Request { file, file_offset, target, segments, buffer_offset, user_data, slack: 0 })
     }
 }
 
