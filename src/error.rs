@@ -36,6 +36,25 @@ pub enum PipelineError {
         /// What to do about it.
         fix: Text,
     },
+    /// A CUDA driver call failed.
+    ///
+    /// Errno by `CUresult`: `ENOMEM` for OUT_OF_MEMORY; `EINVAL` for INVALID_VALUE, INVALID_CONTEXT, INVALID_HANDLE and
+    /// HOST_MEMORY_NOT_REGISTERED; `ENODEV` for NO_DEVICE and INVALID_DEVICE; `EBUSY` for DEVICE_UNAVAILABLE,
+    /// ALREADY_MAPPED and HOST_MEMORY_ALREADY_REGISTERED; `ENOENT` for NOT_FOUND; `EAGAIN` for NOT_READY; `EPERM` for
+    /// NOT_PERMITTED; `ETIMEDOUT` for TIMEOUT; `EOPNOTSUPP` for NOT_SUPPORTED, STUB_LIBRARY, CALL_REQUIRES_NEWER_DRIVER,
+    /// NO_BINARY_FOR_GPU, UNSUPPORTED_PTX_VERSION, PEER_ACCESS_UNSUPPORTED and SYSTEM_DRIVER_MISMATCH; `EIO` for every
+    /// other result, known or not.
+    #[error("{call} failed: {text} (CUresult {code}); {fix}")]
+    Cuda {
+        /// The driver's function.
+        call: &'static str,
+        /// The `CUresult`.
+        code: u32,
+        /// The result's name and text, as the driver gives them.
+        text: String,
+        /// What to do about it.
+        fix: Text,
+    },
     /// A submitted read ended with an error. The errno is the one in its completion.
     #[error(
         "read of {requested} bytes at file offset {file_offset} (submission {sequence}) failed: {} (errno {errno}); {fix}",
@@ -170,6 +189,7 @@ impl PipelineError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::IoUringSyscall { errno, .. } | Self::Syscall { errno, .. } | Self::ReadFailed { errno, .. } => *errno,
+            Self::Cuda { code, .. } => crate::sys::cuda::errno(*code),
             Self::QueueFull { .. } => libc::EAGAIN,
             Self::OutOfRange { .. } => libc::ERANGE,
             Self::InvalidArgument { .. } => libc::EINVAL,

@@ -8,8 +8,8 @@
 //! | stream | one io_uring, one thread, driven by the caller: submit, poll, a tail word | [`uring`] |
 //! | driver | slots and the device-visible io_queue, filled from files, still driven by the caller | [`ingest`] |
 //!
-//! [`wire`] holds the words shared with consumers, [`error`] what can go wrong; every raw system call is in the private
-//! module `sys`.
+//! [`gpu`] finds GPUs at run time, [`wire`] holds the words shared with consumers, [`error`] what can go wrong; every raw
+//! system call and every call of the CUDA driver is in the private module `sys`.
 //!
 //! ```
 //! use ringest::{AsyncUringStream, DirectMode, InputFile, IoUringState, MappedBuffer, RingOptions};
@@ -36,6 +36,7 @@
 pub mod error;
 #[doc(hidden)]
 pub mod ffi;
+pub mod gpu;
 pub mod ingest;
 pub mod memory;
 mod sys;
@@ -46,12 +47,16 @@ pub mod uring;
 pub mod wire;
 
 pub use error::{PipelineError, Result};
+pub use gpu::{Gpu, GpuAttributes, gpu_leaks};
 pub use ingest::{
     DriverOptions, DriverReport, IngestCompletion, IngestRequest, IoQueue, IoQueueConsumer, IoQueueLayout,
     IoQueueMemory, IoQueueOptions, IoQueueSlot, IoSlot, LatencySummary, MovableDriver, NativeReadPath,
     NvmeGpuIngestDriver, NvmeGpuIngestTelemetry, ReadCount, SlotData,
 };
-pub use memory::{AnyBits, GpuMappedBuffer, HugePages, MappedBuffer, MappedOptions, MemoryKind};
+pub use memory::{
+    AccessFlags, AnyBits, DeviceBuffer, GpuMappedBuffer, HugePages, MappedBuffer, MappedOptions, MemoryKind,
+    MemoryLocation, PhysicalAllocation, PhysicalOptions, Pinned, Pinning, VirtualAddressRange, VirtualMemoryManager,
+};
 pub use uring::{
     AsyncUringStream, CloseReport, Completion, DirectAlignment, DirectMode, FileRef, InputFile, IoUringState,
     LeakStats, MovableStream, ReadPath, RingFeatures, RingOptions, RingRegistrations, SharedBuffers, SqPoll,

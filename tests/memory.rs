@@ -55,7 +55,8 @@ fn alignments_are_kept_for_every_kind_of_page() {
     for huge_pages in [HugePages::Advise, HugePages::Off] {
         for alignment in [0, 1, 8, 4096, 8192, 1 << 16, 2 << 20, 16 << 20] {
             for len in [1, 4096, 4097, (2 << 20) - 1, 2 << 20, (3 << 20) + 5] {
-                let mut buffer = MappedBuffer::<u8>::alloc_with(len, MappedOptions { alignment, huge_pages }).unwrap();
+                let options = MappedOptions { alignment, huge_pages, ..MappedOptions::default() };
+                let mut buffer = MappedBuffer::<u8>::alloc_with(len, options).unwrap();
                 assert_eq!(buffer.as_host_ptr() as usize % alignment.max(4096), 0);
                 let slice = buffer.as_mut_slice().unwrap();
                 assert_eq!(slice.len(), len);

@@ -77,7 +77,7 @@ pub unsafe extern "C" fn ringest_mapped_alloc(
         let options = options::read(options)?;
         let huge_pages = huge_pages(options.huge_pages)?;
         let alignment = usize::try_from(options.alignment).unwrap_or(usize::MAX);
-        let options = MappedOptions { alignment, huge_pages };
+        let options = MappedOptions { alignment, huge_pages, ..MappedOptions::default() };
         store(out, "out", || create::<ringest_mapped>(|| Ok(MappedBuffer::alloc_with(len, options)?)))
     })
 }

@@ -1,8 +1,10 @@
 //! Page-aligned memory that ringest owns and both CPU and GPU address.
 
 use super::region::{GpuMappedBuffer, Region};
-use crate::error::{PipelineError, Result};
-use crate::sys::mem::{HugePages, Mapping, memlock_limit};
+use crate::error::{PipelineError, Result, Text};
+use crate::gpu::Gpu;
+use crate::sys::cuda::{HostMemory, PinnedMapping};
+use crate::sys::mem::{HugePages, Mapping, memlock_limit, page_size};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -23,18 +25,55 @@ any_bits!(u8 i8 u16 i16 u32 i32 u64 i64 u128 i128 usize isize f32 f64);
 // SAFETY: an array adds no padding to its elements.
 unsafe impl<T: AnyBits, const N: usize> AnyBits for [T; N] {}
 
+/// Whether and how memory is page-locked, so that GPUs address it.
+///
+/// Opening a GPU costs time and memory of its own, so none is touched unless it is asked for here.
+#[derive(Debug, Clone, Default)]
+pub enum Pinning {
+    /// Plain memory. No GPU can use it; its "device pointer" is the host pointer.
+    #[default]
+    Off,
+    /// Page-locked for the GPU of the thread's current context, or else the first; plain memory where that cannot be had.
+    /// [`MappedBuffer::pinned`] tells which, and why.
+    Auto,
+    /// Page-locked in place (`cuMemHostRegister`) and mapped for these GPUs, at least one; an error where that cannot be
+    /// had. The first one's address is [`MappedBuffer::as_device_ptr`].
+    Gpus(Vec<Gpu>),
+    /// Allocated by the driver instead (`cuMemHostAlloc`), which takes several times as long and leaves huge pages to it.
+    HostAlloc(Vec<Gpu>),
+}
+
+/// Whether and how memory was page-locked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Pinned {
+    /// It is plain memory.
+    No {
+        /// Why: it was not asked for, or ([`Pinning::Auto`]) what stood in the way.
+        reason: Text,
+    },
+    /// Mapped by ringest, page-locked by `cuMemHostRegister`.
+    Registered,
+    /// Allocated by `cuMemHostAlloc`.
+    HostAlloc,
+}
+
 /// How a [`MappedBuffer`] is allocated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct MappedOptions {
     /// Alignment of the first byte: a power of two; 0 means the page size, which is also the least.
     pub alignment: usize,
     /// Page size wanted.
     pub huge_pages: HugePages,
+    /// Which GPUs are to address it.
+    pub pinning: Pinning,
 }
 
 /// Owned, page-aligned, zero-copy memory: a host pointer and a device pointer to the same bytes.
 ///
-/// Zeroed at birth, kept out of forked children. Without a GPU driver the device pointer is the host pointer.
+/// Zeroed at birth, kept out of forked children. By default it is plain memory, and the device pointer is the host
+/// pointer; [`MappedOptions::pinning`] page-locks it for GPUs, and it then stays so until the last handle to it and the
+/// last read into it are gone.
 ///
 /// Host slices are only given out while no [`GpuMappedBuffer`] shares the memory, because a ring may write through
 /// those at any time.
@@ -42,6 +81,7 @@ pub struct MappedOptions {
 pub struct MappedBuffer<T: AnyBits> {
     region: Arc<Region>,
     len: usize,
+    pinned: Pinned,
     element: PhantomData<T>,
 }
 
@@ -54,11 +94,20 @@ impl<T: AnyBits> MappedBuffer<T> {
         Self::alloc_with(len, MappedOptions::default())
     }
 
+    /// Memory for `len` elements that a GPU addresses too, or an error.
+    ///
+    /// # Errors
+    /// As [`alloc_with`](Self::alloc_with).
+    pub fn alloc_on(gpu: &Gpu, len: usize) -> Result<Self> {
+        Self::alloc_with(len, MappedOptions { pinning: Pinning::Gpus(vec![gpu.clone()]), ..MappedOptions::default() })
+    }
+
     /// Memory for `len` elements, by options.
     ///
     /// # Errors
-    /// `EINVAL` for no bytes or an alignment that is not a power of two, `ENOMEM` when the system has no such memory
-    /// (with [`HugePages::Require`]: when the huge-page pool is empty).
+    /// `EINVAL` for no bytes, an alignment that is not a power of two, pinning for no GPU, or huge pages of the pool from
+    /// `cuMemHostAlloc`; `ENOMEM` when the system has no such memory (with [`HugePages::Require`]: when the huge-page pool
+    /// is empty); the driver's ([`PipelineError::Cuda`]) when it does not lock it, unless pinning is [`Pinning::Auto`].
     pub fn alloc_with(len: usize, options: MappedOptions) -> Result<Self> {
         let out_of_memory =
             |bytes, fix: &'static str| PipelineError::OutOfMemory { what: "a mapped buffer", bytes, fix: fix.into() };
@@ -74,17 +123,58 @@ impl<T: AnyBits> MappedBuffer<T> {
                 "use a power of two, or 0 for the page size",
             ));
         }
-        let mapping = Mapping::anonymous(bytes, alignment, options.huge_pages).map_err(|_| {
-            out_of_memory(
-                bytes as u64,
-                match options.huge_pages {
-                    HugePages::Require => "reserve huge pages (vm.nr_hugepages) or use HugePages::Advise",
-                    _ => "ask for less, or raise the process's memory limits",
-                },
-            )
-        })?;
-        tracing::trace!(target: "ringest::memory", bytes, limit = ?memlock_limit(), "mapped memory allocated");
-        Ok(Self { region: Region::from_mapping(mapping), len, element: PhantomData })
+        let plain = || {
+            Mapping::anonymous(bytes, alignment, options.huge_pages).map_err(|_| {
+                out_of_memory(
+                    bytes as u64,
+                    match options.huge_pages {
+                        HugePages::Require => "reserve huge pages (vm.nr_hugepages) or use HugePages::Advise",
+                        _ => "ask for less, or raise the process's memory limits",
+                    },
+                )
+            })
+        };
+        // A forced touch finds out here, not in a fault later, when there are no such pages.
+        let populated = |mapping: Mapping| match mapping.populate() {
+            Ok(()) => Ok(mapping),
+            Err(_) => Err(out_of_memory(bytes as u64, "the system has no such memory free: ask for less")),
+        };
+        let (region, pinned) = match &options.pinning {
+            Pinning::Off => (Region::from_mapping(plain()?), Pinned::No { reason: "not asked for".into() }),
+            Pinning::Gpus(gpus) => {
+                let first = first(gpus)?;
+                let mapping = populated(plain()?)?;
+                let mapping = PinnedMapping::register(first.context(), mapping)?;
+                (Region::from_pinned(mapping, gpus)?, Pinned::Registered)
+            }
+            Pinning::HostAlloc(gpus) => {
+                if options.huge_pages == HugePages::Require {
+                    return Err(PipelineError::invalid(
+                        "huge pages of the pool from cuMemHostAlloc",
+                        "use Pinning::Gpus, or leave the pages to the driver",
+                    ));
+                }
+                let len = bytes.checked_next_multiple_of(page_size());
+                let len = len.ok_or_else(|| out_of_memory(u64::MAX, "the size overflows the address space"))?;
+                let memory = HostMemory::alloc(first(gpus)?.context(), len, alignment)?;
+                (Region::from_host_memory(memory, len, gpus)?, Pinned::HostAlloc)
+            }
+            Pinning::Auto => {
+                let lock = |gpu: Gpu| {
+                    let mapping = PinnedMapping::register(gpu.context(), populated(plain()?)?)?;
+                    Region::from_pinned(mapping, &[gpu])
+                };
+                match Gpu::current().and_then(lock) {
+                    Ok(region) => (region, Pinned::Registered),
+                    Err(error) => {
+                        tracing::info!(target: "ringest::memory", %error, "memory is not page-locked");
+                        (Region::from_mapping(plain()?), Pinned::No { reason: error.to_string().into() })
+                    }
+                }
+            }
+        };
+        tracing::trace!(target: "ringest::memory", bytes, ?pinned, limit = ?memlock_limit(), "mapped memory allocated");
+        Ok(Self { region, len, pinned, element: PhantomData })
     }
 
     /// Elements.
@@ -105,7 +195,22 @@ impl<T: AnyBits> MappedBuffer<T> {
         self.len * size_of::<T>()
     }
 
-    /// The device's address of the first element.
+    /// Whether and how it is page-locked for GPUs.
+    #[must_use]
+    pub fn pinned(&self) -> &Pinned {
+        &self.pinned
+    }
+
+    /// A GPU's address of the first element: page-locked memory has one on every GPU.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for plain memory; the driver's ([`PipelineError::Cuda`]).
+    pub fn as_device_ptr_on(&self, gpu: &Gpu) -> Result<u64> {
+        self.region.address_on(gpu, 0)
+    }
+
+    /// The device's address of the first element: that of the first GPU it is pinned for; for plain memory, the host's
+    /// address, which no GPU can use.
     #[must_use]
     pub fn as_device_ptr(&self) -> u64 {
         // A region over a mapping always has one.
@@ -165,6 +270,12 @@ impl<T: AnyBits> MappedBuffer<T> {
             Err(_) => unreachable!("the region was made for byte_size bytes"),
         }
     }
+}
+
+fn first(gpus: &[Gpu]) -> Result<&Gpu> {
+    gpus.first().ok_or_else(|| {
+        PipelineError::invalid("pinning for no GPU", "name at least one, or use Pinning::Off or Pinning::Auto")
+    })
 }
 
 impl<T: AnyBits> From<MappedBuffer<T>> for GpuMappedBuffer<'static> {

@@ -1,6 +1,8 @@
 //! Ranges of memory that a ring may write to.
 
 use crate::error::{PipelineError, Result};
+use crate::gpu::Gpu;
+use crate::sys::cuda::{HostMemory, PinnedMapping, Pointer, host_device_pointer, set_sync_memops};
 use crate::sys::mem::Mapping;
 use std::any::Any;
 use std::marker::PhantomData;
@@ -22,6 +24,10 @@ pub enum MemoryKind {
 enum Keeper {
     /// Mapped by us.
     Mapping(Mapping),
+    /// Mapped by us and page-locked by the driver.
+    Pinned(#[allow(dead_code, reason = "held for its drop")] PinnedMapping),
+    /// Allocated by the driver, page-locked.
+    HostMemory(#[allow(dead_code, reason = "held for its drop")] HostMemory),
     /// Anything the caller handed over; dropped with the region.
     Owner(#[allow(dead_code)] Box<dyn Any + Send + Sync>),
     /// Nothing: the constructor's caller vouches for the memory.
@@ -36,6 +42,8 @@ pub(crate) struct Region {
     len: usize,
     device: Option<u64>,
     kind: MemoryKind,
+    /// Address of the first byte on each GPU that was named for it.
+    on_gpus: Vec<(u32, u64)>,
     keeper: Keeper,
 }
 
@@ -59,7 +67,97 @@ impl Region {
         let (base, len) = (mapping.base(), mapping.len());
         // Without a driver the device address of host memory is its host address.
         let device = Some(base.as_ptr() as u64);
-        Arc::new(Self { base, len, device, kind: MemoryKind::HostVisible, keeper: Keeper::Mapping(mapping) })
+        let (kind, on_gpus) = (MemoryKind::HostVisible, Vec::new());
+        Arc::new(Self { base, len, device, kind, on_gpus, keeper: Keeper::Mapping(mapping) })
+    }
+
+    /// A region over a mapping of ours that the driver has page-locked, as these GPUs address it.
+    pub(crate) fn from_pinned(mapping: PinnedMapping, gpus: &[Gpu]) -> Result<Arc<Self>> {
+        let (base, len) = (mapping.base(), mapping.len());
+        Self::locked(base, len, Keeper::Pinned(mapping), gpus)
+    }
+
+    /// A region over page-locked memory of the driver's, as these GPUs address it.
+    pub(crate) fn from_host_memory(memory: HostMemory, len: usize, gpus: &[Gpu]) -> Result<Arc<Self>> {
+        Self::locked(memory.base(), len, Keeper::HostMemory(memory), gpus)
+    }
+
+    fn locked(base: NonNull<u8>, len: usize, keeper: Keeper, gpus: &[Gpu]) -> Result<Arc<Self>> {
+        let on_gpus = gpus.iter().map(|gpu| Ok((gpu.ordinal(), host_device_pointer(gpu.context(), base)?)));
+        let on_gpus = on_gpus.collect::<Result<Vec<_>>>()?;
+        let device = on_gpus.first().map(|&(_, address)| address);
+        Ok(Arc::new(Self { base, len, device, kind: MemoryKind::HostVisible, on_gpus, keeper }))
+    }
+
+    /// Whether the driver has locked the memory, as far as this region knows.
+    pub(super) fn is_pinned(&self) -> bool {
+        !self.on_gpus.is_empty()
+    }
+
+    /// A GPU's address of byte `offset`.
+    pub(super) fn address_on(&self, gpu: &Gpu, offset: usize) -> Result<u64> {
+        debug_assert!(offset <= self.len);
+        let known = self.on_gpus.iter().find(|&&(ordinal, _)| ordinal == gpu.ordinal());
+        let first = match known {
+            Some(&(_, address)) => address,
+            // Locked for every context, of those GPUs too that were not named.
+            None if self.is_pinned() && self.kind == MemoryKind::HostVisible => {
+                host_device_pointer(gpu.context(), self.base)?
+            }
+            None => {
+                return Err(PipelineError::unsupported(
+                    format!("the address of this memory on GPU {}", gpu.ordinal()),
+                    "it is not page-locked for GPUs: allocate it with MappedOptions::pinning, or check memory pinned \
+                     by others with GpuMappedBuffer::on_gpu",
+                ));
+            }
+        };
+        Ok(first + offset as u64)
+    }
+
+    /// Finds out, or verifies, how a GPU addresses the memory.
+    fn look_up(&mut self, gpu: &Gpu) -> Result<()> {
+        let host = self.base.as_ptr() as u64;
+        let first = match self.kind {
+            MemoryKind::HostVisible => {
+                let not_pinned = |at: u64| {
+                    PipelineError::invalid(
+                        format!("host memory at {at:#x} is not page-locked for GPU {}", gpu.ordinal()),
+                        "lock all of it first (cuMemHostRegister, cudaHostRegister, cudaHostAlloc)",
+                    )
+                };
+                let (mut covered, mut first) = (0, None);
+                while covered < self.len as u64 {
+                    let at = host + covered;
+                    let pointer = Pointer::look_up(gpu.context(), at)?.filter(|pointer| !pointer.on_device);
+                    let pointer = pointer.ok_or_else(|| not_pinned(at))?;
+                    let expected = *first.get_or_insert(pointer.device) + covered;
+                    if pointer.device != expected {
+                        return Err(not_pinned(at));
+                    }
+                    covered += (pointer.end - pointer.device).max(1);
+                }
+                first.ok_or_else(|| not_pinned(host))?
+            }
+            MemoryKind::Bar1Peer => {
+                let window = || PipelineError::invalid("peer memory without its address", "pass the device's address");
+                let address = self.device.ok_or_else(window)?;
+                super::device::verify_device_memory(gpu, address, self.len)?;
+                set_sync_memops(gpu.context(), address)?;
+                address
+            }
+        };
+        // For host memory a first GPU's address is the one to compare with.
+        if self.device.is_some_and(|given| given != first) && self.on_gpus.is_empty() {
+            return Err(PipelineError::invalid(
+                format!("{:#x} as the device's address of {host:#x}", self.device.unwrap_or(0)),
+                format!("GPU {} has it at {first:#x}: pass that, or None to have it looked up", gpu.ordinal()),
+            ));
+        }
+        self.device.get_or_insert(first);
+        self.on_gpus.retain(|&(ordinal, _)| ordinal != gpu.ordinal());
+        self.on_gpus.push((gpu.ordinal(), first));
+        Ok(())
     }
 
     pub(crate) fn base(&self) -> NonNull<u8> {
@@ -205,7 +303,7 @@ impl<'a> GpuMappedBuffer<'a> {
                 limit: isize::MAX as u64,
             });
         }
-        Ok(Self::whole(Arc::new(Region { base, len, device, kind, keeper })))
+        Ok(Self::whole(Arc::new(Region { base, len, device, kind, on_gpus: Vec::new(), keeper })))
     }
 
     /// A part of this buffer, sharing its memory.
@@ -259,6 +357,30 @@ impl<'a> GpuMappedBuffer<'a> {
     #[must_use]
     pub fn as_device_ptr(&self) -> Option<u64> {
         self.region.device_address(self.offset)
+    }
+
+    /// The address of the first byte on a GPU: one that the memory was allocated or checked ([`on_gpu`](Self::on_gpu)) for,
+    /// or, for page-locked host memory, any other.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for memory that is not known to be the GPU's or page-locked; the driver's ([`PipelineError::Cuda`]).
+    pub fn as_device_ptr_on(&self, gpu: &Gpu) -> Result<u64> {
+        self.region.address_on(gpu, self.offset)
+    }
+
+    /// Checks memory pinned by others with the driver: the device address that the constructor was given is verified, one
+    /// that it was not given is looked up (`cuPointerGetAttribute`). Call it for each GPU that is to use the memory.
+    ///
+    /// Host memory must be page-locked as a whole. Peer memory must be this GPU's; its SYNC_MEMOPS attribute is set, which
+    /// DMA by peers needs.
+    ///
+    /// # Errors
+    /// `EINVAL` when the memory is not so; `EBUSY` when another handle shares it; the driver's ([`PipelineError::Cuda`]).
+    pub fn on_gpu(mut self, gpu: &Gpu) -> Result<Self> {
+        let region = Arc::get_mut(&mut self.region)
+            .ok_or_else(|| PipelineError::busy("the buffer's memory", "check it before it is shared or registered"))?;
+        region.look_up(gpu)?;
+        Ok(self)
     }
 
     /// Copies bytes out, from `offset`, into `target`.

@@ -1,4 +1,5 @@
-//! Fault points: with the feature `testing`, the k-th system call of a thread can be made to fail.
+//! Fault points: with the feature `testing`, the k-th system or CUDA driver call of a thread can be made to fail. For a
+//! driver call the planned errno stands for a `CUresult`.
 //!
 //! Without the feature both functions vanish.
 

@@ -1,6 +1,7 @@
-//! Every raw system call and memory mapping of the crate. The only `unsafe` code below the C ABI, apart from the
+//! Every raw system call, CUDA driver call and memory mapping of the crate. The only `unsafe` code below the C ABI, apart from the
 //! memory regions and the one place that hands their addresses to the kernel.
 
+pub(crate) mod cuda;
 pub(crate) mod fault;
 pub(crate) mod file;
 pub(crate) mod mem;

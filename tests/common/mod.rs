@@ -1,6 +1,8 @@
 //! What the integration tests share: files with known content, pipes that hold reads in flight, skips, children.
 #![allow(dead_code, unused_macros, unused_imports, unreachable_pub)]
 
+pub mod gpu;
+
 use ringest::{
     AsyncUringStream, Completion, DirectMode, FileRef, GpuMappedBuffer, InputFile, IoUringState, MappedBuffer,
     RingOptions, StreamOptions, TailWord,
