@@ -111,15 +111,21 @@ impl GpuAttributes {
     }
 }
 
-/// Size of a PCI device's BAR1: second line of its `resource` file, "start end flags" in hexadecimal.
+/// Size of a PCI device's BAR1: the second region in use of its `resource` file, whose lines are "start end flags" in
+/// hexadecimal, two for a 64-bit region.
 fn bar1(pci_address: &str) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/sys/bus/pci/devices/{pci_address}/resource")).ok()?;
-    let mut numbers = text.lines().nth(1)?.split_whitespace().map(|word| {
-        let digits = word.strip_prefix("0x").unwrap_or(word);
-        u64::from_str_radix(digits, 16).ok()
+    second_region(&std::fs::read_to_string(format!("/sys/bus/pci/devices/{pci_address}/resource")).ok()?)
+}
+
+fn second_region(resource: &str) -> Option<u64> {
+    const REGIONS: usize = 6;
+    let sizes = resource.lines().take(REGIONS).filter_map(|line| {
+        let mut numbers =
+            line.split_whitespace().map(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
+        let (start, end) = (numbers.next()??, numbers.next()??);
+        (end > start).then(|| end - start + 1)
     });
-    let (start, end) = (numbers.next()??, numbers.next()??);
-    (end > start).then(|| end - start + 1)
+    sizes.into_iter().nth(1)
 }
 
 impl Gpu {
@@ -259,4 +265,21 @@ impl Gpu {
 #[must_use]
 pub fn gpu_leaks() -> u64 {
     cuda::leaked()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bar1_is_the_second_region_however_wide_the_first() {
+        let none = "0x0000000000000000 0x0000000000000000 0x0000000000000000\n";
+        let small = "0x00000000fa000000 0x00000000faffffff 0x0000000000040200\n";
+        let large = "0x0000100000000000 0x0000103fffffffff 0x000000000014220c\n";
+        assert_eq!(second_region(&[small, none, large, none].concat()), Some(256 << 30));
+        assert_eq!(second_region(&[small, large, none].concat()), Some(256 << 30));
+        assert_eq!(second_region(&[small, none, none].concat()), None);
+        assert_eq!(second_region("nonsense"), None);
+        assert_eq!(bar1("ffff:ff:ff.7"), None);
+    }
 }

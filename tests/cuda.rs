@@ -441,7 +441,7 @@ both! {
 
 #[test]
 fn a_capture_on_another_thread_is_not_broken() {
-    let gpu = gpu!(test_name!());
+    let (gpu, _alone) = gpu!(test_name!());
     type Handle = *mut c_void;
     type Begin = unsafe extern "C" fn(Handle, u32) -> u32;
     type End = unsafe extern "C" fn(Handle, *mut Handle) -> u32;
@@ -594,7 +594,7 @@ mod failures {
         let automatic = MappedBuffer::<u8>::alloc_with(10_000, options(Pinning::Auto))?;
         if automatic.pinned() != &Pinned::Registered {
             let Pinned::No { reason } = automatic.pinned() else { panic!() };
-            assert!(reason.contains("cu"), "{reason}");
+            assert!(reason.contains("cu") || reason.contains("no memory"), "{reason}");
         }
         let base = memory.as_host_ptr().cast_mut();
         // SAFETY: only measured, while `memory` lives.
@@ -732,7 +732,7 @@ mod failures {
     /// On a real driver, by the fault points in front of its calls.
     #[test]
     fn every_driver_call_may_fail_once_on_a_gpu() {
-        let gpu = gpu!(test_name!());
+        let (gpu, _alone) = gpu!(test_name!());
         script(false).unwrap();
         plan_fault(0, 0);
         script(false).unwrap();
@@ -772,7 +772,7 @@ mod failures {
 
     #[test]
     fn streams_events_and_kernels_work_on_a_gpu() {
-        let gpu = gpu!(test_name!());
+        let (gpu, _alone) = gpu!(test_name!());
         for _ in 0..20 {
             exercise_streams(&gpu, None).unwrap();
         }

@@ -71,6 +71,7 @@ impl DeviceBuffer {
     ///
     /// # Errors
     /// Together with the range: `EOPNOTSUPP` when the manager only plans, `EINVAL` for 0 bytes or when they are not so.
+    #[allow(clippy::result_large_err, reason = "the range comes back")]
     pub fn from_range(
         manager: &VirtualMemoryManager,
         range: VirtualAddressRange,

@@ -134,19 +134,14 @@ impl<T: AnyBits> MappedBuffer<T> {
                 )
             })
         };
-        // A forced touch finds out here, not in a fault later, when there are no such pages.
-        let populated = |mapping: Mapping| match mapping.populate() {
-            Ok(()) => Ok(mapping),
-            Err(_) => Err(out_of_memory(bytes as u64, "the system has no such memory free: ask for less")),
+        let locked = |gpu: &Gpu| {
+            let mapping = plain()?;
+            mapping.populate();
+            PinnedMapping::register(gpu.context(), mapping)
         };
         let (region, pinned) = match &options.pinning {
             Pinning::Off => (Region::from_mapping(plain()?), Pinned::No { reason: "not asked for".into() }),
-            Pinning::Gpus(gpus) => {
-                let first = first(gpus)?;
-                let mapping = populated(plain()?)?;
-                let mapping = PinnedMapping::register(first.context(), mapping)?;
-                (Region::from_pinned(mapping, gpus)?, Pinned::Registered)
-            }
+            Pinning::Gpus(gpus) => (Region::from_pinned(locked(first(gpus)?)?, gpus)?, Pinned::Registered),
             Pinning::HostAlloc(gpus) => {
                 if options.huge_pages == HugePages::Require {
                     return Err(PipelineError::invalid(
@@ -159,19 +154,13 @@ impl<T: AnyBits> MappedBuffer<T> {
                 let memory = HostMemory::alloc(first(gpus)?.context(), len, alignment)?;
                 (Region::from_host_memory(memory, len, gpus)?, Pinned::HostAlloc)
             }
-            Pinning::Auto => {
-                let lock = |gpu: Gpu| {
-                    let mapping = PinnedMapping::register(gpu.context(), populated(plain()?)?)?;
-                    Region::from_pinned(mapping, &[gpu])
-                };
-                match Gpu::current().and_then(lock) {
-                    Ok(region) => (region, Pinned::Registered),
-                    Err(error) => {
-                        tracing::info!(target: "ringest::memory", %error, "memory is not page-locked");
-                        (Region::from_mapping(plain()?), Pinned::No { reason: error.to_string().into() })
-                    }
+            Pinning::Auto => match Gpu::current().and_then(|gpu| Region::from_pinned(locked(&gpu)?, &[gpu])) {
+                Ok(region) => (region, Pinned::Registered),
+                Err(error) => {
+                    tracing::info!(target: "ringest::memory", %error, "memory is not page-locked");
+                    (Region::from_mapping(plain()?), Pinned::No { reason: error.to_string().into() })
                 }
-            }
+            },
         };
         tracing::trace!(target: "ringest::memory", bytes, ?pinned, limit = ?memlock_limit(), "mapped memory allocated");
         Ok(Self { region, len, pinned, element: PhantomData })

@@ -244,6 +244,7 @@ impl VirtualMemoryManager {
     ///
     /// # Errors
     /// Together with the range: `EBUSY` while anything is mapped in it; the driver's ([`PipelineError::Cuda`]).
+    #[allow(clippy::result_large_err, reason = "the range comes back")]
     pub fn release(
         &self,
         mut range: VirtualAddressRange,
@@ -304,7 +305,8 @@ impl VirtualMemoryManager {
     /// # Errors
     /// `EINVAL` for a size of 0, or a size or offset that is no multiple of the memory's granularity; `ERANGE` when either
     /// range does not lie inside; `EBUSY` when something is mapped there already; `EOPNOTSUPP` for a planning range; the
-    /// driver's ([`PipelineError::Cuda`]): drivers of CUDA 13 and before answer `EINVAL` to a physical offset other than 0.
+    /// driver's ([`PipelineError::Cuda`]): drivers of CUDA 13 answer `EOPNOTSUPP` to anything but a whole allocation from
+    /// physical offset 0.
     pub fn map(
         &self,
         range: &mut VirtualAddressRange,
@@ -399,7 +401,7 @@ impl VirtualMemoryManager {
     /// A file descriptor for physical memory that was allocated as exportable, to be sent to another process.
     ///
     /// # Errors
-    /// `EINVAL` for memory that is not exportable; `EOPNOTSUPP` without a driver; the driver's ([`PipelineError::Cuda`]).
+    /// `EINVAL` for memory that is not exportable (what was imported is not); `EOPNOTSUPP` without a driver; the driver's ([`PipelineError::Cuda`]).
     pub fn export_fd(&self, allocation: &PhysicalAllocation) -> Result<OwnedFd> {
         self.require_gpu()?;
         if !allocation.inner.request.exportable {
@@ -413,7 +415,7 @@ impl VirtualMemoryManager {
 
     /// Physical memory behind a descriptor that [`export_fd`](Self::export_fd) made, perhaps in another process.
     ///
-    /// `size` is what was allocated; the driver refuses to map more. The descriptor stays the caller's.
+    /// `size` is what was allocated; the driver refuses to map anything else. The descriptor stays the caller's.
     ///
     /// # Errors
     /// `EINVAL` for a size of 0 or off the granularity; `EOPNOTSUPP` without a driver; the driver's

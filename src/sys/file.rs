@@ -51,6 +51,18 @@ pub(crate) fn stat(fd: RawFd) -> Result<Stat, Errno> {
     Ok(Stat { format: stat.st_mode & libc::S_IFMT, size: u64::try_from(stat.st_size).unwrap_or(0) })
 }
 
+/// Whether two descriptors stand for the same file; not when either is closed.
+#[cfg_attr(not(feature = "testing"), allow(dead_code, reason = "for imports from other APIs"))]
+pub(crate) fn is_same_file(a: RawFd, b: RawFd) -> bool {
+    let identity = |fd| {
+        let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
+        // SAFETY: `stat` is a valid place for the result, and all-zero bytes are a valid `stat`.
+        let stat = unsafe { (libc::fstat(fd, stat.as_mut_ptr()) == 0).then(|| stat.assume_init()) }?;
+        Some((stat.st_dev, stat.st_ino))
+    };
+    identity(a).is_some_and(|a| identity(b) == Some(a))
+}
+
 /// Size of a block device in bytes (`BLKGETSIZE64`).
 pub(crate) fn block_device_size(fd: RawFd) -> Result<u64, Errno> {
     // _IOR(0x12, 114, size_t), linux/fs.h

@@ -62,7 +62,7 @@ pub fn exercise_streams(gpu: &Gpu, foreign: Option<(OwnedFd, u64)>) -> Result<()
     assert!(sent == &received[..LEN / 8], "bytes came back wrong");
     assert_eq!(received[LEN / 8], 5 + 37, "the value, and what the kernel added to it");
     if let Some((fd, bytes)) = foreign {
-        let external = External::import(gpu.context(), fd, bytes)?;
+        let external = External::import(gpu.context(), &fd, bytes)?;
         assert_ne!(external.address(), 0);
     }
     Ok(())

@@ -7,7 +7,7 @@ use super::in_child_with;
 use std::ffi::{CStr, CString, c_char, c_long, c_uint, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Code that is to hold on a real GPU and on the fake: two tests.
 macro_rules! both {
@@ -20,7 +20,7 @@ macro_rules! both {
 
             #[test]
             fn on_a_gpu() {
-                let gpu = gpu!(concat!(stringify!($name), "::on_a_gpu"));
+                let (gpu, _alone) = gpu!(concat!(stringify!($name), "::on_a_gpu"));
                 body(&gpu);
             }
 
@@ -34,11 +34,12 @@ macro_rules! both {
     };
 }
 
-/// The first real GPU; a skip where there is none.
+/// The first real GPU; a skip where there is none. Tests on it run one at a time: they compare what is free and what an
+/// address is known as.
 macro_rules! gpu {
     ($name:expr) => {
         match ringest::Gpu::open(0) {
-            Ok(gpu) => gpu,
+            Ok(gpu) => (gpu, common::gpu::alone()),
             Err(error) => {
                 common::print_skip($name, &error.to_string());
                 return;
@@ -61,6 +62,11 @@ macro_rules! fake {
 }
 
 pub(crate) use {both, fake, gpu};
+
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fake_cuda/fake_cuda.c");
 

@@ -63,7 +63,7 @@ macro_rules! direct {
 pub(crate) use {direct, ring, skip, test_name};
 
 pub fn short_name(path: &'static str) -> &'static str {
-    let path = path.strip_suffix("::here").unwrap_or(path).trim_end_matches("::{{closure}}");
+    let path = path.strip_suffix("::here").unwrap_or(path).trim_end_matches("::{{closure}}").trim_end_matches("::body");
     path.rsplit("::").next().unwrap_or(path)
 }
 

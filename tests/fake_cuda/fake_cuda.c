@@ -281,7 +281,7 @@ CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
     IN_CONTEXT();
     if (!bytes) RETURN(INVALID_VALUE);
     if (bytes > 8ul << 30) RETURN(OUT_OF_MEMORY);
-    void *memory = malloc(bytes);
+    void *memory = aligned_alloc(4096, (bytes + 4095) & ~4095ul);
     if (!memory) RETURN(OUT_OF_MEMORY);
     memset(memory, 0xdd, bytes);
     *address = (uint64_t)memory;
@@ -497,9 +497,10 @@ CUresult cuMemRelease(uint64_t handle) {
 CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset, uint64_t handle, uint64_t flags) {
     IN_CONTEXT();
     Object *physical = at(PHYSICAL, handle), *space = holding(RESERVED, address);
-    if (!physical || !space || flags || offset || !bytes || bytes % GRANULARITY || address % GRANULARITY)
+    if (offset || (physical && bytes != physical->size)) RETURN(NOT_SUPPORTED);
+    if (!physical || !space || flags || !bytes || bytes % GRANULARITY || address % GRANULARITY)
         RETURN(INVALID_VALUE);
-    if (bytes > physical->size || address + bytes > space->base + space->size) RETURN(INVALID_VALUE);
+    if (address + bytes > space->base + space->size) RETURN(INVALID_VALUE);
     for (uint64_t at = address; at < address + bytes; at += GRANULARITY)
         if (holding(MAPPED, at)) { misuse("mapped twice", __func__); RETURN(INVALID_VALUE); }
     void *mapped = mmap((void *)address, bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, physical->fd, 0);
@@ -565,7 +566,7 @@ CUresult cuMemImportFromShareableHandle(uint64_t *handle, void *shareable, unsig
     if (kind != 1 || fstat(fd, &stat) || stat.st_size % GRANULARITY || !stat.st_size) RETURN(INVALID_VALUE);
     static uint64_t next = 0x100000;
     Object *object = add(PHYSICAL, *handle = next++, (uint64_t)stat.st_size);
-    object->fd = dup(fd), object->handle_types = 1, object->location = 1ul << 32;
+    object->fd = dup(fd), object->location = 1ul << 32;
     RETURN(OK);
 }
 CUresult cuMemGetAllocationPropertiesFromHandle(Properties *p, uint64_t handle) {
@@ -682,10 +683,10 @@ typedef struct { unsigned type; union { int fd; struct { void *handle; const voi
 typedef struct { unsigned long long offset, size; unsigned flags, reserved[16]; } ExternalBuffer;
 CUresult cuImportExternalMemory(void **memory, const ExternalMemory *description) {
     IN_CONTEXT();
+    // As the real one does, it takes the descriptor even when it fails later.
+    close(description->handle.fd);
     if (description->type != 1 || !description->size || description->flags) RETURN(INVALID_VALUE);
     *memory = fresh(EXTERNAL);
-    at(EXTERNAL, (uint64_t)*memory)->size = 1;
-    close(description->handle.fd);
     RETURN(OK);
 }
 CUresult cuExternalMemoryGetMappedBuffer(CUdeviceptr *address, void *memory, const ExternalBuffer *description) {

@@ -1,13 +1,14 @@
 //! Streams, events, copies, kernels and imported memory.
 #![cfg_attr(not(feature = "testing"), allow(dead_code, reason = "the layers above take more of it in turn"))]
 
+use super::super::file;
 use super::constants::*;
 use super::context::Context;
 use super::table::{DeviceAddress, ExternalBuffer, ExternalMemory, Failure, HostFunction, Object};
-use crate::error::Result;
+use crate::error::{PipelineError, Result};
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 /// A stream that does not wait for the legacy default stream, destroyed on drop.
@@ -204,10 +205,10 @@ pub(crate) struct Kernel<'a> {
 /// Values of a kernel's parameters, in order.
 #[derive(Debug, Default)]
 pub(crate) struct Parameters {
-    /// Each aligned like the strictest type a kernel takes by value here.
-    values: Vec<Box<Value>>,
+    values: Vec<Value>,
 }
 
+/// Aligned like the strictest type a kernel takes by value.
 #[derive(Debug)]
 #[repr(C, align(16))]
 struct Value([u8; 128]);
@@ -216,7 +217,7 @@ impl Parameters {
     /// Adds a parameter: a plain number, an address, or a struct of at most 128 bytes.
     pub(crate) fn with<T: Copy + 'static>(mut self, value: T) -> Self {
         const { assert!(size_of::<T>() <= 128 && align_of::<T>() <= 16) };
-        let mut bytes = Box::new(Value([0; 128]));
+        let mut bytes = Value([0; 128]);
         // SAFETY: the value fits (asserted above); its bytes are only copied onward.
         unsafe { bytes.0.as_mut_ptr().cast::<T>().write(value) };
         self.values.push(bytes);
@@ -302,15 +303,28 @@ pub(crate) struct External {
 unsafe impl Send for External {}
 
 impl External {
-    /// Imports `bytes` of memory exported as an opaque descriptor, which the driver takes over.
-    pub(crate) fn import(context: &Arc<Context>, fd: OwnedFd, bytes: u64) -> Result<Self> {
-        let description =
-            ExternalMemory { kind: EXTERNAL_OPAQUE_FD, fd: fd.as_raw_fd(), size: bytes, ..Default::default() };
+    /// Imports `bytes` of memory exported as an opaque descriptor.
+    pub(crate) fn import(context: &Arc<Context>, fd: &OwnedFd, bytes: u64) -> Result<Self> {
+        // The driver takes a descriptor over when it succeeds, and (580, M) also closes one that it refuses. So it gets
+        // one of its own, which is closed here only while it still is the same file.
+        let given = file::duplicate(fd.as_raw_fd()).map_err(|errno| PipelineError::Syscall {
+            call: "fcntl",
+            what: "duplicating a descriptor of memory to import".to_owned(),
+            errno,
+            fix: "raise RLIMIT_NOFILE, or pass a descriptor that is open".into(),
+        })?;
+        let given = given.into_raw_fd();
+        let description = ExternalMemory { kind: EXTERNAL_OPAQUE_FD, fd: given, size: bytes, ..Default::default() };
         let mut raw = std::ptr::null_mut();
         // SAFETY: one handle is written, one struct read.
-        context.enter(|driver| unsafe { driver.import_external_memory(&mut raw, &description) })?;
-        // The driver owns the descriptor from a successful import on.
-        let _ = fd.into_raw_fd();
+        let imported = context.enter(|driver| unsafe { driver.import_external_memory(&mut raw, &description) });
+        if let Err(error) = imported {
+            if file::is_same_file(given, fd.as_raw_fd()) {
+                // SAFETY: it is the duplicate made above, which the driver has not closed.
+                drop(unsafe { OwnedFd::from_raw_fd(given) });
+            }
+            return Err(error);
+        }
         let mut external = Self { context: Arc::clone(context), raw, address: 0, _not_sync: PhantomData };
         let buffer = ExternalBuffer { size: bytes, ..Default::default() };
         let mut address = 0;

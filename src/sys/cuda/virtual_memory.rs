@@ -33,9 +33,9 @@ impl PhysicalRequest {
     /// Sizes, offsets and addresses of such memory are multiples of it.
     pub(crate) fn granularity(self, context: &Context, recommended: bool) -> Result<usize> {
         let (mut bytes, properties) = (0, self.properties());
+        let option = u32::from(recommended);
         // SAFETY: one size is written, one struct read.
-        context
-            .enter(|driver| unsafe { driver.mem_get_granularity(&mut bytes, &properties, u32::from(recommended)) })?;
+        context.enter(|driver| unsafe { driver.mem_get_granularity(&mut bytes, &properties, option) })?;
         Ok(bytes)
     }
 }
