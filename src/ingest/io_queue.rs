@@ -4,7 +4,8 @@ use super::consumer::{Consumer, Popped};
 use super::producer::{Producer, Refusal};
 use super::words::MappedWords;
 use crate::error::{PipelineError, Result};
-use crate::memory::{GpuMappedBuffer, HugePages, MappedBuffer, MappedOptions, MemoryKind};
+use crate::gpu::Gpu;
+use crate::memory::{GpuMappedBuffer, HugePages, MappedBuffer, MappedOptions, MemoryKind, Pinning};
 use crate::sys::thread::Process;
 use crate::uring::count_leaked_queue;
 use crate::wire::{
@@ -148,14 +149,22 @@ impl std::fmt::Debug for IoQueue {
 }
 
 impl IoQueue {
-    /// A queue in memory of its own, which host and device see.
+    /// A queue in plain memory of its own, for consumers on the CPU.
     ///
     /// # Errors
     /// `EINVAL` for options out of range, `ENOMEM`.
     pub fn new(options: IoQueueOptions) -> Result<Arc<Self>> {
+        Self::pinned(options, &Pinning::Off)
+    }
+
+    /// A queue in page-locked memory of its own, which the host and GPUs see.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and those of the [`Pinning`].
+    pub fn pinned(options: IoQueueOptions, pinning: &Pinning) -> Result<Arc<Self>> {
         let layout = options.layout()?;
         let alloc = |bytes: u64, alignment: u32, huge_pages| {
-            let options = MappedOptions { alignment: alignment as usize, huge_pages };
+            let options = MappedOptions { alignment: alignment as usize, huge_pages, pinning: pinning.clone() };
             MappedBuffer::<u8>::alloc_with(bytes as usize, options).map(GpuMappedBuffer::from)
         };
         let words = |bytes| alloc(bytes, 0, HugePages::Off);
@@ -263,19 +272,30 @@ impl IoQueue {
     /// # Errors
     /// `EOPNOTSUPP` when no GPU maps one of the parts.
     pub fn view(&self) -> Result<IoQueueView> {
-        let part = |what: &'static str, buffer: &GpuMappedBuffer<'static>| {
+        self.lend(|what, buffer| {
             buffer.as_device_ptr().ok_or_else(|| {
                 PipelineError::unsupported(
                     format!("a device's view of the {what}"),
                     "no GPU maps it: give its device address when wrapping the memory",
                 )
             })
-        };
+        })
+    }
+
+    /// The same for one of several GPUs.
+    ///
+    /// # Errors
+    /// Those of [`GpuMappedBuffer::as_device_ptr_on`]: `EOPNOTSUPP` when this GPU does not map one of the parts.
+    pub fn view_on(&self, gpu: &Gpu) -> Result<IoQueueView> {
+        self.lend(|_, buffer| buffer.as_device_ptr_on(gpu))
+    }
+
+    fn lend(&self, address: impl Fn(&'static str, &GpuMappedBuffer<'static>) -> Result<u64>) -> Result<IoQueueView> {
         let view = IoQueueView {
-            control: part("control block", &self.memory.control)?,
-            credit: part("credit block", &self.memory.credit)?,
-            device: part("device block", &self.memory.device)?,
-            slots: part("slots", &self.memory.slots)?,
+            control: address("control block", &self.memory.control)?,
+            credit: address("credit block", &self.memory.credit)?,
+            device: address("device block", &self.memory.device)?,
+            slots: address("slots", &self.memory.slots)?,
             ..self.view
         };
         self.lent.store(true, Ordering::Relaxed);
