@@ -31,7 +31,7 @@ static void options(void) {
 
     memset(&good, 0, sizeof good);
     good.size = sizeof good;
-    for (i = 0; i < 12; i++) {
+    for (i = 0; i < 14; i++) {
         bad = good;
         if (i == 0) bad.size = 3;
         if (i == 1) bad.slots = 3;
@@ -44,7 +44,9 @@ static void options(void) {
         if (i == 8) bad.consumers = 2;
         if (i == 9) bad.mode = RINGEST_CONSUME_MODE_CLAIMED, bad.consumers = 65537;
         if (i == 10) bad.huge_pages = 3;
-        if (i == 11) bad.reserved = 1;
+        if (i == 11) bad.reserved[2] = 1;
+        if (i == 12) bad.pinning = 4;
+        if (i == 13) bad.gpu = 1;
         queue = NULL;
         CALL(-EINVAL, ringest_io_queue_layout, &bad, &sizes);
         CALL(-EINVAL, ringest_io_queue_create, &bad, &queue);

@@ -4,7 +4,7 @@
 int main(void) {
     struct ringest_mapped *mapped, *none = NULL;
     struct ringest_buffer *buffer, *part, *second, *no_buffer = NULL;
-    struct ringest_mapped_options options = {sizeof options, RINGEST_HUGE_PAGES_OFF, 1 << 16};
+    struct ringest_mapped_options options = {sizeof options, RINGEST_HUGE_PAGES_OFF, 1 << 16, 0, 0, {0}};
     struct ringest_tail_line *line;
     struct ringest_ring *ring;
     struct ringest_stream *stream;
@@ -33,7 +33,17 @@ int main(void) {
     options.alignment = 0;
     options.huge_pages = 3;
     CALL(-EINVAL, ringest_mapped_alloc, 1, &options, &none);
+    options.huge_pages = 0;
+    options.pinning = 4;
+    CALL(-EINVAL, ringest_mapped_alloc, 1, &options, &none);
+    options.pinning = RINGEST_PINNING_AUTO;
+    options.gpu = 1;
+    CALL(-EINVAL, ringest_mapped_alloc, 1, &options, &none);
+    options.pinning = options.gpu = 0;
+    options.reserved[1] = 1;
+    CALL(-EINVAL, ringest_mapped_alloc, 1, &options, &none);
     CHECK(none == NULL);
+    CALL(RINGEST_PINNING_OFF, ringest_mapped_pinned, mapped);
 
     CALL(0, ringest_mapped_share, mapped, &buffer);
     CALL(10000, ringest_buffer_size, buffer);

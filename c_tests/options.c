@@ -25,7 +25,7 @@ int main(void) {
     struct ringest_ring_options r = {sizeof r, 0, 0, 0, 0, 0, 0, 0};
     struct later_ring long_ring = {{sizeof long_ring, 0, 0, 0, 0, 0, 0, 0}, {0}};
     struct later_stream long_stream = {{sizeof long_stream, 0, 0, 0, 0, 0, 0, 0}, {0}};
-    struct later_mapped long_mapped = {{sizeof long_mapped, 0, 0}, {0}};
+    struct later_mapped long_mapped = {{sizeof long_mapped, 0, 0, 0, 0, {0}}, {0}};
     struct ringest_features features;
     struct ringest_ring *made;
     struct ringest_mapped *mapped, *none = NULL;

@@ -36,6 +36,36 @@
 // Put the CRC32C of each payload into its descriptor. The CPU reads every byte for it.
 #define RINGEST_DRIVER_CRC32C (1 << 3)
 
+// In place of a GPU's ordinal: no GPU.
+#define RINGEST_GPU_NONE 4294967295
+
+// Flag of ringest_gpu_info: the GPU shares the host's memory.
+#define RINGEST_GPU_INTEGRATED (1 << 0)
+
+// Flag of ringest_gpu_info: host memory can be page-locked in place (cuMemHostRegister).
+#define RINGEST_GPU_HOST_REGISTER (1 << 1)
+
+// Flag of ringest_gpu_info: 64-bit stream writes and waits exist (cuStreamWriteValue64).
+#define RINGEST_GPU_STREAM_MEM_OPS (1 << 2)
+
+// Flag of ringest_gpu_info: addresses and physical memory can be managed apart (struct ringest_vmm).
+#define RINGEST_GPU_VIRTUAL_MEMORY (1 << 3)
+
+// Flag of ringest_gpu_info: physical memory can be exported as a descriptor.
+#define RINGEST_GPU_EXPORT_FD (1 << 4)
+
+// Flag of ringest_gpu_info: struct ringest_vmm can place memory on the host's NUMA nodes.
+#define RINGEST_GPU_HOST_NUMA_MEMORY (1 << 5)
+
+// Flag of ringest_gpu_info: peers can address the GPU's memory (GPUDirect RDMA).
+#define RINGEST_GPU_RDMA (1 << 6)
+
+// Flag of ringest_gpu_info: the same for memory of struct ringest_vmm.
+#define RINGEST_GPU_RDMA_VIRTUAL_MEMORY (1 << 7)
+
+// Flag of ringest_gpu_info: memory can be exported as a dma-buf.
+#define RINGEST_GPU_DMA_BUF (1 << 8)
+
 // A kernel thread polls the submission queue.
 #define RINGEST_RING_SQPOLL (1 << 0)
 
@@ -95,6 +125,15 @@
 
 // Do not retry commands that end with EINTR or EAGAIN.
 #define RINGEST_STREAM_NO_RETRY (1 << 2)
+
+// Granularity of ranges without a GPU.
+#define RINGEST_VMM_PLANNING_GRANULARITY 2097152
+
+// Flag of ringest_vmm_memory_options: peers (network cards, drives) are to address the memory by GPUDirect RDMA.
+#define RINGEST_VMM_RDMA (1 << 0)
+
+// Flag of ringest_vmm_memory_options: the memory is to be exported as a descriptor.
+#define RINGEST_VMM_EXPORTABLE (1 << 1)
 
 // Whether a file is read around the page cache.
 enum ringest_direct {
@@ -158,6 +197,20 @@ enum ringest_native_read_path {
     RINGEST_NATIVE_READ_PATH_GPU_DIRECT_NVME_PASSTHROUGH = 1,
 };
 
+// Whether and how memory is page-locked, so that GPUs address it.
+//
+// Opening a GPU costs time and memory of its own, so none is touched unless it is asked for here.
+enum ringest_pinning {
+    // Plain memory. No GPU can use it; its device address is the host address.
+    RINGEST_PINNING_OFF = 0,
+    // Page-locked for the GPU of the thread's current context, or else the first; plain memory where that cannot be had.
+    RINGEST_PINNING_AUTO = 1,
+    // Page-locked in place (cuMemHostRegister) for a GPU, or an error.
+    RINGEST_PINNING_GPU = 2,
+    // Allocated by the driver (cuMemHostAlloc), which takes several times as long and leaves huge pages to it.
+    RINGEST_PINNING_HOST_ALLOC = 3,
+};
+
 // How bytes really got into memory: the path of a completion.
 enum ringest_read_path {
     // No command was needed (a read of 0 bytes), or none succeeded.
@@ -166,6 +219,28 @@ enum ringest_read_path {
     RINGEST_READ_PATH_REGISTERED_READ = 1,
     // At least one command wrote to memory that the kernel pinned for it.
     RINGEST_READ_PATH_PLAIN_READ = 2,
+};
+
+// What an access right allows.
+enum ringest_vmm_access {
+    // Nothing.
+    RINGEST_VMM_ACCESS_NONE = 0,
+    // Loads.
+    RINGEST_VMM_ACCESS_READ = 1,
+    // Loads and stores.
+    RINGEST_VMM_ACCESS_READ_WRITE = 2,
+};
+
+// Where physical memory is, and who accesses it.
+enum ringest_vmm_location {
+    // The manager's GPU; the id is 0.
+    RINGEST_VMM_LOCATION_OWN = 0,
+    // A GPU, by its ordinal.
+    RINGEST_VMM_LOCATION_GPU = 1,
+    // A NUMA node of the host, by its number. As who accesses, it stands for all of the host's processors.
+    RINGEST_VMM_LOCATION_HOST_NUMA = 2,
+    // The host, wherever; the id is 0.
+    RINGEST_VMM_LOCATION_HOST = 3,
 };
 
 // A range of memory that a ring may write to: base, length, GPU address, kind.
@@ -178,6 +253,11 @@ struct ringest_buffer;
 // One thread at a time (-EBUSY otherwise); any thread. In a forked child, which does not have the queue's memory,
 // every call but ringest_consumer_destroy is -EPERM.
 struct ringest_consumer;
+
+// Memory of a GPU that the CPU cannot address: owned, or the caller's.
+//
+// Freeing it, like unmapping what is behind it, is the caller's to order after kernels and copies that use it.
+struct ringest_device_buffer;
 
 // A driver: fills the slots of an io_queue from files; consumers that have the queue's view take them.
 //
@@ -240,6 +320,17 @@ struct ringest_stream;
 // The memory lives until this handle is freed and the stream that publishes to it is closed.
 struct ringest_tail_line;
 
+// Manages the virtual memory of a GPU: addresses are reserved, physical memory is allocated, and put behind them.
+//
+// Nothing here waits for kernels: unmapping what a running kernel uses makes the kernel fault, and with it the context.
+struct ringest_vmm;
+
+// Physical memory.
+struct ringest_vmm_memory;
+
+// Reserved addresses, and what is mapped there.
+struct ringest_vmm_range;
+
 // Called once, when ringest no longer needs memory that the caller owns. From any thread. It must not call ringest, throw or
 // longjmp.
 typedef void (*ringest_release_fn)(void *user);
@@ -256,6 +347,19 @@ struct ringest_popped {
     uint64_t reserved[5];
     // Status, tag, offset in the file and the rest.
     struct ringest_descriptor descriptor;
+};
+
+// How a GPU's memory is allocated. All zero (with size set) means defaults.
+struct ringest_device_buffer_options {
+    // sizeof(struct ringest_device_buffer_options).
+    uint32_t size;
+    // Zero.
+    uint32_t flags;
+    // Bytes that the memory can grow to without changing its address (ringest_device_buffer_grow), at least its
+    // length; 0: it does not grow.
+    uint64_t capacity;
+    // Zero.
+    uint64_t reserved[2];
 };
 
 // How a driver behaves. All zero (with size set) means defaults.
@@ -395,6 +499,36 @@ struct ringest_driver_counters {
     uint64_t reserved[21];
 };
 
+// What a GPU is and can do.
+struct ringest_gpu_info {
+    // The product's name, ended by NUL.
+    char name[96];
+    // PCI address as in /sys/bus/pci/devices, ended by NUL.
+    char pci_address[32];
+    // Bytes of memory.
+    uint64_t memory;
+    // Bytes of memory that the PCI bus can address (BAR1); 0 where sysfs does not tell.
+    uint64_t bar1;
+    // RINGEST_GPU_INTEGRATED and others.
+    uint64_t flags;
+    // Compute capability, the number before the point.
+    uint32_t compute_major;
+    // And that behind it.
+    uint32_t compute_minor;
+    // Streaming multiprocessors.
+    uint32_t multiprocessors;
+    // Engines that copy beside running kernels.
+    uint32_t copy_engines;
+    // The host's NUMA node nearest to the GPU; -1 where there are no nodes.
+    int32_t host_numa_node;
+    // How writes by peers can be flushed: bits of CUflushGPUDirectRDMAWritesOptions.
+    uint32_t rdma_flush_options;
+    // For whom writes by peers are ordered without a flush: CUGPUDirectRDMAWritesOrdering.
+    uint32_t rdma_writes_ordering;
+    // Zero.
+    uint32_t reserved[19];
+};
+
 // How an io_queue is cut and consumed. All zero (with size set) means defaults.
 struct ringest_io_queue_options {
     // sizeof(struct ringest_io_queue_options).
@@ -414,8 +548,12 @@ struct ringest_io_queue_options {
     uint32_t consumers;
     // enum ringest_huge_pages, for the slots.
     uint32_t huge_pages;
+    // enum ringest_pinning, for memory of the queue's own; ringest_io_queue_create_in: RINGEST_PINNING_OFF.
+    uint32_t pinning;
+    // The GPU's ordinal, for RINGEST_PINNING_GPU and RINGEST_PINNING_HOST_ALLOC; otherwise 0.
+    uint32_t gpu;
     // Zero.
-    uint32_t reserved;
+    uint32_t reserved[3];
 };
 
 // Bytes that the parts of an io_queue take.
@@ -497,6 +635,12 @@ struct ringest_mapped_options {
     uint32_t huge_pages;
     // Alignment of the first byte, a power of two; 0: the page size, which is also the least.
     uint64_t alignment;
+    // enum ringest_pinning.
+    uint32_t pinning;
+    // The GPU's ordinal, for RINGEST_PINNING_GPU and RINGEST_PINNING_HOST_ALLOC; otherwise 0.
+    uint32_t gpu;
+    // Zero.
+    uint64_t reserved[2];
 };
 
 // What a ring is asked for. All zero (with size set) means defaults.
@@ -619,6 +763,32 @@ struct ringest_stream_counters {
     uint64_t reserved[10];
 };
 
+// What physical memory is wanted. All zero (with size set) means defaults.
+struct ringest_vmm_memory_options {
+    // sizeof(struct ringest_vmm_memory_options).
+    uint32_t size;
+    // RINGEST_VMM_RDMA and RINGEST_VMM_EXPORTABLE.
+    uint32_t flags;
+    // enum ringest_vmm_location: where.
+    uint32_t location;
+    // Which of those.
+    uint32_t id;
+    // Zero.
+    uint64_t reserved[2];
+};
+
+// Who may access memory, and how.
+struct ringest_vmm_grant {
+    // enum ringest_vmm_location: who.
+    uint32_t location;
+    // Which of those.
+    uint32_t id;
+    // enum ringest_vmm_access.
+    uint32_t access;
+    // Zero.
+    uint32_t reserved;
+};
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -722,6 +892,30 @@ int32_t ringest_buffer_host_ptr(const struct ringest_buffer *buffer, void **out)
 // Errors: -EBADF; -EINVAL when out is NULL.
 int32_t ringest_buffer_device_ptr(const struct ringest_buffer *buffer, uint64_t *out);
 
+// Stores the address of the first byte on a GPU, by its ordinal: one that the memory was page-locked or checked
+// (ringest_buffer_check_gpu) for, or, for memory that ringest page-locked, any other.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EINVAL when out is NULL; -EOPNOTSUPP for memory that is not known to be the GPU's or page-locked, where
+// there is no driver, or it finds no GPU; -ENODEV for an ordinal beyond ringest_gpu_count; those of the CUDA driver.
+int32_t ringest_buffer_device_ptr_on(const struct ringest_buffer *buffer,
+                                     uint32_t gpu,
+                                     uint64_t *out);
+
+// Checks memory pinned by others with the driver: the device address that was given is verified, one that was not is
+// looked up. Call it for each GPU, by its ordinal, that is to use the memory, before it is shared or registered.
+//
+// Host memory must be page-locked as a whole. A device's window must be this GPU's; its SYNC_MEMOPS attribute is set, which
+// DMA by peers needs. When it fails, the buffer is as before.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EINVAL when the memory is not so; -EBUSY when anything else shares the memory; -EOPNOTSUPP where there
+// is no driver, or it finds no GPU; -ENODEV for an ordinal beyond ringest_gpu_count; those of the CUDA driver.
+int32_t ringest_buffer_check_gpu(struct ringest_buffer *buffer,
+                                 uint32_t gpu);
+
 // Attaches consumer index (from 0) to an io_queue and stores a handle in *out. It keeps the queue's memory.
 //
 // Any thread. Destroy with ringest_consumer_destroy.
@@ -794,6 +988,108 @@ int32_t ringest_consumer_error(const struct ringest_consumer *consumer);
 //
 // Errors: -EBADF; -EBUSY while another thread is in a call with this handle.
 int32_t ringest_consumer_destroy(struct ringest_consumer *consumer);
+
+// Allocates len bytes of a GPU's memory, with undefined contents, and stores a handle in *out. options may be NULL.
+//
+// With a capacity, addresses for all of it are reserved, and memory is put behind the first len bytes (0: none yet); both
+// are rounded up to the GPU's granularity. The driver may wait for running kernels: allocate before a persistent kernel
+// starts.
+//
+// Any thread. Free with ringest_device_buffer_free.
+//
+// Errors: -EINVAL for len 0 without a capacity, a capacity less than len, unknown flags, or out NULL; -E2BIG for an
+// option struct with unknown fields; -EOPNOTSUPP without a GPU, or for a capacity when it has no virtual memory
+// management; -ENODEV for an ordinal beyond ringest_gpu_count; -ENOMEM; those of the CUDA driver.
+int32_t ringest_device_buffer_create(uint32_t gpu,
+                                     size_t len,
+                                     const struct ringest_device_buffer_options *options,
+                                     struct ringest_device_buffer **out);
+
+// Wraps len bytes of a GPU's memory at address, a CUdeviceptr of the caller's, and stores a handle in *out. The driver is
+// asked whether it is memory of this GPU. It must stay allocated until the handle is freed, which does not free it.
+//
+// Any thread. Free with ringest_device_buffer_free.
+//
+// Errors: -EINVAL for address or len 0, memory that is not this GPU's, or out NULL; -ERANGE when it does not have that
+// many bytes; -EOPNOTSUPP without a GPU; -ENODEV for an ordinal beyond ringest_gpu_count; those of the CUDA driver.
+int32_t ringest_device_buffer_from_ptr(uint32_t gpu,
+                                       uint64_t address,
+                                       size_t len,
+                                       struct ringest_device_buffer **out);
+
+// Frees the memory, unless it is the caller's. What the driver does not take back is counted by ringest_gpu_leaks.
+//
+// Any thread.
+//
+// Errors: -EBADF.
+int32_t ringest_device_buffer_free(struct ringest_device_buffer *buffer);
+
+// Stores the GPU's address of the first byte.
+//
+// Any thread. Valid until the memory is freed; growth does not change it.
+//
+// Errors: -EBADF; -EINVAL when out is NULL.
+int32_t ringest_device_buffer_address(const struct ringest_device_buffer *buffer, uint64_t *out);
+
+// Bytes.
+//
+// Any thread.
+//
+// Errors: -EBADF.
+int64_t ringest_device_buffer_size(const struct ringest_device_buffer *buffer);
+
+// Bytes that it can grow to.
+//
+// Any thread.
+//
+// Errors: -EBADF.
+int64_t ringest_device_buffer_capacity(const struct ringest_device_buffer *buffer);
+
+// Adds memory until there are len bytes or more. Address and contents stay; new bytes are undefined. A running kernel may
+// use them once it has learnt of them. When it fails, the memory is as before.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EOPNOTSUPP for memory without a capacity to grow to; -ERANGE beyond that; those of the CUDA driver.
+int32_t ringest_device_buffer_grow(struct ringest_device_buffer *buffer,
+                                   size_t len);
+
+// Copies len bytes at data to offset in the memory, and waits for it. Running kernels do not hold it up.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EINVAL when data is NULL and len is not 0; -ERANGE when the range does not lie inside; those of the
+// CUDA driver.
+int32_t ringest_device_buffer_copy_in(struct ringest_device_buffer *buffer,
+                                      size_t offset,
+                                      const void *data,
+                                      size_t len);
+
+// Copies len bytes from offset in the memory to data, and waits for it. Running kernels do not hold it up.
+//
+// Any thread.
+//
+// Errors: as ringest_device_buffer_copy_in.
+int32_t ringest_device_buffer_copy_out(const struct ringest_device_buffer *buffer,
+                                       size_t offset,
+                                       void *data,
+                                       size_t len);
+
+// Sets len bytes from offset to value, and waits for it.
+//
+// Any thread.
+//
+// Errors: -EBADF; -ERANGE when the range does not lie inside; those of the CUDA driver.
+int32_t ringest_device_buffer_fill(struct ringest_device_buffer *buffer, size_t offset, size_t len, uint8_t value);
+
+// Returns a new descriptor, the caller's to close: a dma-buf over len bytes from offset, for other drivers to import.
+// Both are multiples of the host's page size.
+//
+// Any thread.
+//
+// Errors: -EBADF; -ERANGE when the range does not lie inside; -EOPNOTSUPP when GPU or driver cannot; those of the CUDA
+// driver.
+int32_t ringest_device_buffer_export_dma_buf(const struct ringest_device_buffer *buffer, size_t offset, size_t len);
 
 // Creates a driver over a ring that fills an io_queue by registered reads, and stores a handle in *out. options may be
 // NULL.
@@ -1055,6 +1351,34 @@ int32_t ringest_file_direct(const struct ringest_file *file,
                             uint32_t *memory,
                             uint32_t *offset);
 
+// GPUs that this process sees (CUDA_VISIBLE_DEVICES). The first call that needs a GPU looks for the CUDA driver.
+//
+// Any thread.
+//
+// Errors: -EOPNOTSUPP where there is no driver, or it finds no GPU; those of the CUDA driver.
+int32_t ringest_gpu_count(void);
+
+// The newest CUDA version that the driver serves, as 1000 * major + 10 * minor.
+//
+// Any thread.
+//
+// Errors: as ringest_gpu_count.
+int32_t ringest_gpu_driver_version(void);
+
+// Stores what a GPU, by its ordinal, is and can do. No context is created for it.
+//
+// Any thread.
+//
+// Errors: -EINVAL when out is NULL; -EOPNOTSUPP where there is no driver, or it finds no GPU; -ENODEV for an ordinal
+// beyond ringest_gpu_count; those of the CUDA driver.
+int32_t ringest_gpu_info(uint32_t gpu, struct ringest_gpu_info *out);
+
+// Objects of the CUDA driver (memory, registrations, streams) that could not be given back, because a call of the driver
+// failed or its context was gone.
+//
+// Any thread.
+int64_t ringest_gpu_leaks(void);
+
 // Stores the bytes that the parts of an io_queue with these options take, for ringest_io_queue_create_in. options may
 // be NULL.
 //
@@ -1063,13 +1387,16 @@ int32_t ringest_file_direct(const struct ringest_file *file,
 // Errors: -EINVAL for options out of range or out NULL; -E2BIG for an option struct with unknown fields.
 int32_t ringest_io_queue_layout(const struct ringest_io_queue_options *options, struct ringest_io_queue_sizes *out);
 
-// Creates an io_queue in memory of its own, which host and device see, and stores a handle in *out. options may be
+// Creates an io_queue in memory of its own, which the host sees, and GPUs that it is page-locked for, and stores a handle in *out. options may be
 // NULL.
 //
 // Any thread. Destroy with ringest_io_queue_destroy.
 //
-// Errors: -EINVAL for options out of range or out NULL; -E2BIG for an option struct with unknown fields; -ENOMEM.
-int32_t ringest_io_queue_create(const struct ringest_io_queue_options *options, struct ringest_io_queue **out);
+// Errors: -EINVAL for options out of range or out NULL; -E2BIG for an option struct with unknown fields; -ENOMEM. When a
+// GPU is named: -EOPNOTSUPP where there is no driver, or it finds no GPU; -ENODEV for an ordinal beyond ringest_gpu_count;
+// those of the CUDA driver.
+int32_t ringest_io_queue_create(const struct ringest_io_queue_options *options,
+                                struct ringest_io_queue **out);
 
 // Creates an io_queue in the caller's memory, each part of its own kind, and stores a handle in *out. options may be
 // NULL; ringest_io_queue_layout tells how large the parts are.
@@ -1105,6 +1432,17 @@ int32_t ringest_io_queue_destroy(struct ringest_io_queue *queue);
 //
 // Errors: -EBADF; -EINVAL when out is NULL; -EOPNOTSUPP when no GPU maps one of the parts.
 int32_t ringest_io_queue_device_view(const struct ringest_io_queue *queue, struct ringest_io_queue_view *out);
+
+// Stores the view for kernels on one of several GPUs, by its ordinal. From now on the memory is lent out.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EINVAL when out is NULL; -EOPNOTSUPP when the GPU is not known to map one of the parts (they are not
+// page-locked), where there is no driver, or it finds no GPU; -ENODEV for an ordinal beyond ringest_gpu_count; those of
+// the CUDA driver.
+int32_t ringest_io_queue_device_view_on(const struct ringest_io_queue *queue,
+                                        uint32_t gpu,
+                                        struct ringest_io_queue_view *out);
 
 // Stores the view with this process's addresses, for consumers on the CPU that use ringest_device.cuh. From now on the
 // memory is lent out.
@@ -1230,9 +1568,13 @@ int32_t ringest_log_set_callback(ringest_log_fn callback,
 //
 // Any thread. Free with ringest_mapped_free.
 //
-// Errors: -EINVAL for len 0, a bad alignment or enum value, or out NULL; -ENOMEM; -E2BIG for an option struct with
-// unknown fields.
-int32_t ringest_mapped_alloc(size_t len, const struct ringest_mapped_options *options, struct ringest_mapped **out);
+// Errors: -EINVAL for len 0, a bad alignment or enum value, a GPU where none is used, huge pages of the pool from
+// RINGEST_PINNING_HOST_ALLOC, or out NULL; -ENOMEM; -E2BIG for an option struct with unknown fields. When a GPU is named:
+// -EOPNOTSUPP where there is no driver, or it finds no GPU; -ENODEV for an ordinal beyond ringest_gpu_count; those of the
+// CUDA driver.
+int32_t ringest_mapped_alloc(size_t len,
+                             const struct ringest_mapped_options *options,
+                             struct ringest_mapped **out);
 
 // Gives the handle up. The memory itself goes when the last buffer made from it and the last read into it are gone.
 //
@@ -1255,12 +1597,30 @@ int64_t ringest_mapped_size(const struct ringest_mapped *mapped);
 // Errors: -EBADF; -EINVAL when out is NULL.
 int32_t ringest_mapped_host_ptr(const struct ringest_mapped *mapped, void **out);
 
-// Stores the device's address of the first byte. Without a GPU driver it equals the host's.
+// Whether and how the memory is page-locked for GPUs: RINGEST_PINNING_OFF, RINGEST_PINNING_GPU (in place) or
+// RINGEST_PINNING_HOST_ALLOC. What stood in the way of RINGEST_PINNING_AUTO is logged.
+//
+// Any thread.
+//
+// Errors: -EBADF.
+int32_t ringest_mapped_pinned(const struct ringest_mapped *mapped);
+
+// Stores the address of the first byte on a GPU, by its ordinal: page-locked memory has one on every GPU.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EINVAL when out is NULL; -EOPNOTSUPP for plain memory, where there is no driver, or it finds no GPU;
+// -ENODEV for an ordinal beyond ringest_gpu_count; those of the CUDA driver.
+int32_t ringest_mapped_device_ptr_on(const struct ringest_mapped *mapped, uint32_t gpu, uint64_t *out);
+
+// Stores the device's address of the first byte: that of the GPU it is page-locked for; of plain memory, the host's address,
+// which no GPU can use.
 //
 // Any thread.
 //
 // Errors: -EBADF; -EINVAL when out is NULL.
-int32_t ringest_mapped_device_ptr(const struct ringest_mapped *mapped, uint64_t *out);
+int32_t ringest_mapped_device_ptr(const struct ringest_mapped *mapped,
+                                  uint64_t *out);
 
 // Makes a buffer over the whole memory, for streams to read into, and stores its handle in *out.
 //
@@ -1662,6 +2022,188 @@ int32_t ringest_tail_line_host_ptr(const struct ringest_tail_line *line, const s
 //
 // Errors: -EBADF; -EINVAL when out is NULL.
 int32_t ringest_tail_line_device_ptr(const struct ringest_tail_line *line, uint64_t *out);
+
+// Makes a manager of a GPU's memory, by its ordinal, and stores a handle in *out.
+//
+// With RINGEST_GPU_NONE it only plans: ranges have addresses that are really this process's, and nothing behind them.
+//
+// Any thread. Destroy with ringest_vmm_destroy.
+//
+// Errors: -EINVAL when out is NULL; -EOPNOTSUPP without a GPU, or when it has no virtual memory management; -ENODEV for
+// an ordinal beyond ringest_gpu_count; those of the CUDA driver.
+int32_t ringest_vmm_create(uint32_t gpu, struct ringest_vmm **out);
+
+// Gives the handle up. Ranges and memory made by it stay.
+//
+// Any thread.
+//
+// Errors: -EBADF.
+int32_t ringest_vmm_destroy(struct ringest_vmm *vmm);
+
+// What sizes and offsets of such memory are multiples of; with recommended 1 what is best instead of what is least.
+// options may be NULL.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EINVAL for a bad location, unknown flags, or recommended other than 0 and 1; -E2BIG for an option
+// struct with unknown fields; -EOPNOTSUPP without a GPU, or for memory that it cannot have; those of the CUDA driver.
+int64_t ringest_vmm_granularity(const struct ringest_vmm *vmm,
+                                const struct ringest_vmm_memory_options *options,
+                                uint32_t recommended);
+
+// Reserves size bytes of addresses at a multiple of alignment, near address if that is free (0: anywhere), and stores a
+// handle in *out.
+//
+// Any thread. Release with ringest_vmm_range_release.
+//
+// Errors: -EBADF; -EINVAL for size 0, an alignment that is no power of two, a size that is no multiple of the alignment
+// or the granularity, an address that is no multiple of the alignment, or out NULL; -ENOMEM; those of the CUDA driver.
+int32_t ringest_vmm_reserve(const struct ringest_vmm *vmm,
+                            size_t size,
+                            size_t alignment,
+                            uint64_t address,
+                            struct ringest_vmm_range **out);
+
+// Gives the addresses back.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EBUSY while anything is mapped there; those of the CUDA driver.
+int32_t ringest_vmm_range_release(struct ringest_vmm_range *range);
+
+// Stores the first address.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EINVAL when out is NULL.
+int32_t ringest_vmm_range_address(const struct ringest_vmm_range *range, uint64_t *out);
+
+// Bytes of addresses.
+//
+// Any thread.
+//
+// Errors: -EBADF.
+int64_t ringest_vmm_range_size(const struct ringest_vmm_range *range);
+
+// Bytes that are mapped.
+//
+// Any thread.
+//
+// Errors: -EBADF.
+int64_t ringest_vmm_range_mapped(const struct ringest_vmm_range *range);
+
+// Puts size bytes of physical memory, from memory_offset in it, behind the addresses from offset in the range. Nobody may
+// access them before ringest_vmm_range_set_access. Memory may be mapped at several places.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EINVAL for size 0, or a size or offset that is no multiple of the memory's granularity; -ERANGE when
+// the part does not lie inside the range or the memory; -EBUSY when something is mapped there; those of the CUDA driver,
+// which from CUDA 13 on maps only whole memory from its beginning (-EOPNOTSUPP).
+int32_t ringest_vmm_range_map(struct ringest_vmm_range *range,
+                              size_t offset,
+                              size_t size,
+                              const struct ringest_vmm_memory *memory,
+                              size_t memory_offset);
+
+// Undoes the mappings that make up exactly these addresses.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EINVAL for size 0, or addresses that cut a mapping or have none; -ERANGE when they do not lie inside;
+// -EOPNOTSUPP without a GPU; those of the CUDA driver: the mappings before the one that it failed on are gone then.
+int32_t ringest_vmm_range_unmap(struct ringest_vmm_range *range,
+                                size_t offset,
+                                size_t size);
+
+// Says who may access the mappings that make up exactly these addresses, and how: count grants. Who is not named keeps
+// what it has; a new mapping starts without access.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EINVAL for size 0, no grants, grants NULL, a bad grant, or addresses that cut a mapping or have none;
+// -ERANGE when they do not lie inside; -EOPNOTSUPP without a GPU; those of the CUDA driver.
+int32_t ringest_vmm_range_set_access(struct ringest_vmm_range *range,
+                                     size_t offset,
+                                     size_t size,
+                                     const struct ringest_vmm_grant *grants,
+                                     uint32_t count);
+
+// The access (enum ringest_vmm_access) that a location (enum ringest_vmm_location, and which of those) has to the mapping
+// at offset, as the driver says.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EINVAL for a bad location, or when nothing is mapped there; -ERANGE outside; -EOPNOTSUPP without a
+// GPU; those of the CUDA driver.
+int32_t ringest_vmm_range_access(const struct ringest_vmm_range *range,
+                                 size_t offset,
+                                 uint32_t location,
+                                 uint32_t id);
+
+// Returns a new descriptor, the caller's to close: a dma-buf over mappings that make up exactly these addresses, for other
+// drivers to import.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EINVAL for size 0, or addresses that cut a mapping or have none; -ERANGE when they do not lie inside;
+// -EOPNOTSUPP without a GPU, or when it or the driver cannot; those of the CUDA driver.
+int32_t ringest_vmm_range_export_dma_buf(const struct ringest_vmm_range *range,
+                                         size_t offset,
+                                         size_t size);
+
+// Allocates size bytes of physical memory and stores a handle in *out. options may be NULL.
+//
+// Any thread. Free with ringest_vmm_memory_free.
+//
+// Errors: -EBADF; -EINVAL for size 0 or no multiple of ringest_vmm_granularity, a bad location, unknown flags, or out
+// NULL; -E2BIG for an option struct with unknown fields; -EOPNOTSUPP without a GPU, or for memory that it cannot have;
+// -ENOMEM; those of the CUDA driver.
+int32_t ringest_vmm_alloc_physical(const struct ringest_vmm *vmm,
+                                   size_t size,
+                                   const struct ringest_vmm_memory_options *options,
+                                   struct ringest_vmm_memory **out);
+
+// Makes physical memory of a descriptor that ringest_vmm_memory_export_fd returned, perhaps in another process, and stores
+// a handle in *out. size is what was allocated. The descriptor stays the caller's.
+//
+// Any thread. Free with ringest_vmm_memory_free.
+//
+// Errors: -EBADF, also for a negative descriptor; -EINVAL for size 0 or off the granularity, or out NULL; -EOPNOTSUPP
+// without a GPU; those of the CUDA driver, also for a descriptor of another kind.
+int32_t ringest_vmm_import_fd(const struct ringest_vmm *vmm,
+                              int32_t fd,
+                              size_t size,
+                              struct ringest_vmm_memory **out);
+
+// Frees physical memory.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EBUSY while it is mapped somewhere; those of the CUDA driver.
+int32_t ringest_vmm_memory_free(struct ringest_vmm_memory *memory);
+
+// Bytes.
+//
+// Any thread.
+//
+// Errors: -EBADF.
+int64_t ringest_vmm_memory_size(const struct ringest_vmm_memory *memory);
+
+// 1 while it is mapped somewhere, else 0.
+//
+// Any thread.
+//
+// Errors: -EBADF.
+int32_t ringest_vmm_memory_is_mapped(const struct ringest_vmm_memory *memory);
+
+// Returns a new descriptor, the caller's to close, for memory that was allocated with RINGEST_VMM_EXPORTABLE, to be sent to
+// another process.
+//
+// Any thread.
+//
+// Errors: -EBADF; -EINVAL for memory that is not exportable (what was imported is not); those of the CUDA driver.
+int32_t ringest_vmm_memory_export_fd(const struct ringest_vmm_memory *memory);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -156,6 +156,15 @@ impl Gpu {
         Self::with_context(Context::primary(ordinal)?)
     }
 
+    /// What a GPU is and can do, without opening it: no context is created.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn attributes_of(ordinal: u32) -> Result<GpuAttributes> {
+        let (driver, device) = cuda::device(ordinal)?;
+        Ok(GpuAttributes::of(driver, device)?)
+    }
+
     /// The GPU of the context that is current to the calling thread, or the first one; with its primary context.
     ///
     /// # Errors

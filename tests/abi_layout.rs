@@ -1,6 +1,8 @@
 //! The C structs and constants as Rust has them, against `c_tests/layout.def`, which the C side asserts of the header.
 
-use ringest::ffi::{buffer, consumer, driver, file, io_queue, library, log, mapped, ring, stream};
+use ringest::ffi::{
+    buffer, consumer, device_buffer, driver, file, gpu, io_queue, library, log, mapped, ring, stream, vmm,
+};
 use ringest::wire;
 use std::collections::BTreeSet;
 use std::mem::offset_of;
@@ -81,7 +83,14 @@ fn constant(name: &str, variant: &str) -> String {
 fn rust() -> BTreeSet<String> {
     let mut lines = structs! {
         library::ringest_leaks { rings, reads, bytes, queues }
-        mapped::ringest_mapped_options { size, huge_pages, alignment }
+        mapped::ringest_mapped_options { size, huge_pages, alignment, pinning, gpu, reserved }
+        gpu::ringest_gpu_info {
+            name, pci_address, memory, bar1, flags, compute_major, compute_minor, multiprocessors, copy_engines,
+            host_numa_node, rdma_flush_options, rdma_writes_ordering, reserved,
+        }
+        device_buffer::ringest_device_buffer_options { size, flags, capacity, reserved }
+        vmm::ringest_vmm_memory_options { size, flags, location, id, reserved }
+        vmm::ringest_vmm_grant { location, id, access, reserved }
         ring::ringest_ring_options {
             size, flags, entries, cq_entries, sqpoll_idle_ms, sqpoll_cpu, buffer_slots, reserved,
         }
@@ -98,7 +107,7 @@ fn rust() -> BTreeSet<String> {
             bounced_bytes, commands, short_reads, retries, enters, reserved,
         }
         io_queue::ringest_io_queue_options {
-            size, slots, slot_bytes, alignment, mode, consumers, huge_pages, reserved,
+            size, slots, slot_bytes, alignment, mode, consumers, huge_pages, pinning, gpu, reserved,
         }
         io_queue::ringest_io_queue_sizes { control, credit, device, slots, slot_stride, reserved }
         io_queue::ringest_slot { sequence, offset, data, bytes, reserved }
@@ -146,6 +155,10 @@ fn rust() -> BTreeSet<String> {
         stream::RINGEST_STREAM_UNREGISTERED stream::RINGEST_STREAM_STRICT stream::RINGEST_STREAM_NO_RETRY
         driver::RINGEST_DRIVER_UNREGISTERED driver::RINGEST_DRIVER_STRICT driver::RINGEST_DRIVER_NO_RETRY
         driver::RINGEST_DRIVER_CRC32C
+        gpu::RINGEST_GPU_NONE gpu::RINGEST_GPU_INTEGRATED gpu::RINGEST_GPU_HOST_REGISTER gpu::RINGEST_GPU_STREAM_MEM_OPS
+        gpu::RINGEST_GPU_VIRTUAL_MEMORY gpu::RINGEST_GPU_EXPORT_FD gpu::RINGEST_GPU_HOST_NUMA_MEMORY
+        gpu::RINGEST_GPU_RDMA gpu::RINGEST_GPU_RDMA_VIRTUAL_MEMORY gpu::RINGEST_GPU_DMA_BUF
+        vmm::RINGEST_VMM_PLANNING_GRANULARITY vmm::RINGEST_VMM_RDMA vmm::RINGEST_VMM_EXPORTABLE
         wire::IO_QUEUE_MAGIC wire::IO_QUEUE_VERSION wire::IO_QUEUE_DESCRIPTORS wire::IO_QUEUE_RELEASED
         wire::IO_QUEUE_TICKETS wire::IO_QUEUE_ALIGNMENT wire::IO_QUEUE_MIN_SLOTS wire::IO_QUEUE_MAX_SLOTS
         wire::IO_QUEUE_MAX_CONSUMERS wire::DESCRIPTOR_CRC32C wire::DESCRIPTOR_EARLY
@@ -153,6 +166,9 @@ fn rust() -> BTreeSet<String> {
     lines.extend(variants! {
         file::ringest_direct { Auto, On, Off }
         mapped::ringest_huge_pages { Advise, Off, Require }
+        mapped::ringest_pinning { Off, Auto, Gpu, HostAlloc }
+        vmm::ringest_vmm_location { Own, Gpu, HostNuma, Host }
+        vmm::ringest_vmm_access { None, Read, ReadWrite }
         log::ringest_log_level { Off, Error, Warn, Info, Debug, Trace }
         buffer::ringest_memory_kind { HostVisible, Bar1Peer }
         library::ringest_read_path { None, RegisteredRead, PlainRead }

@@ -1,6 +1,7 @@
 //! Buffers: ranges of memory that a ring may write to.
 
-use super::handle::{Family, Table, create, last, shared};
+use super::gpu::open;
+use super::handle::{Family, Table, create, exclusive, last, shared};
 use super::options::UserPointer;
 use super::{Failure, Outcome, status, store, value};
 use crate::memory::{GpuMappedBuffer, MemoryKind};
@@ -302,4 +303,40 @@ pub unsafe extern "C" fn ringest_buffer_host_ptr(buffer: *const ringest_buffer, 
 pub unsafe extern "C" fn ringest_buffer_device_ptr(buffer: *const ringest_buffer, out: *mut u64) -> i32 {
     // SAFETY: `out` is null or valid by the C contract.
     status(|| unsafe { store(out, "out", || Ok(shared(buffer)?.as_device_ptr().unwrap_or(0))) })
+}
+
+/// Stores the address of the first byte on a GPU, by its ordinal: one that the memory was page-locked or checked
+/// (ringest_buffer_check_gpu) for, or, for memory that ringest page-locked, any other.
+///
+/// Any thread.
+///
+/// Errors: -EBADF; -EINVAL when out is NULL; -EOPNOTSUPP for memory that is not known to be the GPU's or page-locked, where
+/// there is no driver, or it finds no GPU; -ENODEV for an ordinal beyond ringest_gpu_count; those of the CUDA driver.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ringest_buffer_device_ptr_on(buffer: *const ringest_buffer, gpu: u32, out: *mut u64) -> i32 {
+    // SAFETY: `out` is null or valid by the C contract.
+    status(|| unsafe {
+        store(out, "out", || {
+            let entered = shared(buffer)?;
+            Ok(entered.as_device_ptr_on(&open(gpu)?)?)
+        })
+    })
+}
+
+/// Checks memory pinned by others with the driver: the device address that was given is verified, one that was not is
+/// looked up. Call it for each GPU, by its ordinal, that is to use the memory, before it is shared or registered.
+///
+/// Host memory must be page-locked as a whole. A device's window must be this GPU's; its SYNC_MEMOPS attribute is set, which
+/// DMA by peers needs. When it fails, the buffer is as before.
+///
+/// Any thread.
+///
+/// Errors: -EBADF; -EINVAL when the memory is not so; -EBUSY when anything else shares the memory; -EOPNOTSUPP where there
+/// is no driver, or it finds no GPU; -ENODEV for an ordinal beyond ringest_gpu_count; those of the CUDA driver.
+#[unsafe(no_mangle)]
+pub extern "C" fn ringest_buffer_check_gpu(buffer: *mut ringest_buffer, gpu: u32) -> i32 {
+    status(|| {
+        let mut entered = exclusive(buffer.cast_const())?;
+        Ok(entered.buffer.check_gpu(&open(gpu)?)?)
+    })
 }

@@ -1,8 +1,9 @@
 //! io_queues: slots and the words by which a running kernel learns that one is filled.
 
 use super::buffer::ringest_buffer;
+use super::gpu::open;
 use super::handle::{Family, Table, create, last, shared};
-use super::mapped::huge_pages;
+use super::mapped::{check_pinning, huge_pages, pinning, ringest_pinning};
 use super::options::{self, Options, known_flags};
 use super::{Failure, Outcome, status, store, value};
 use crate::ingest::{IoQueue, IoQueueMemory, IoQueueOptions, SlotData};
@@ -76,19 +77,20 @@ pub struct ringest_io_queue_options {
     pub consumers: u32,
     /// enum ringest_huge_pages, for the slots.
     pub huge_pages: u32,
+    /// enum ringest_pinning, for memory of the queue's own; ringest_io_queue_create_in: RINGEST_PINNING_OFF.
+    pub pinning: u32,
+    /// The GPU's ordinal, for RINGEST_PINNING_GPU and RINGEST_PINNING_HOST_ALLOC; otherwise 0.
+    pub gpu: u32,
     /// Zero.
-    pub reserved: u32,
+    pub reserved: [u32; 3],
 }
 
-// SAFETY: repr(C), eight u32, size first.
+// SAFETY: repr(C), twelve u32, size first.
 unsafe impl Options for ringest_io_queue_options {}
 
-/// # Safety
-/// As for [`options::read`].
-unsafe fn queue_options(options: *const ringest_io_queue_options) -> Outcome<IoQueueOptions> {
-    // SAFETY: the caller's contract.
-    let options = unsafe { options::read(options) }?;
-    options::zero(&[options.reserved.into()], "ringest_io_queue_options")?;
+fn queue_options(options: &ringest_io_queue_options) -> Outcome<IoQueueOptions> {
+    options::zero(&options.reserved.map(u64::from), "ringest_io_queue_options")?;
+    check_pinning(options.pinning, options.gpu)?;
     let mode = ConsumeMode::from_wire(options.mode)
         .ok_or_else(|| Failure::new(libc::EINVAL, format!("mode {}: use enum ringest_consume_mode", options.mode)))?;
     let defaults = IoQueueOptions::default();
@@ -134,7 +136,7 @@ pub unsafe extern "C" fn ringest_io_queue_layout(
 ) -> i32 {
     // SAFETY: both pointers are null or valid by the C contract.
     status(|| unsafe {
-        let layout = queue_options(options)?.layout()?;
+        let layout = queue_options(&options::read(options)?)?.layout()?;
         store(out, "out", || {
             Ok(ringest_io_queue_sizes {
                 control: layout.control,
@@ -148,12 +150,14 @@ pub unsafe extern "C" fn ringest_io_queue_layout(
     })
 }
 
-/// Creates an io_queue in memory of its own, which host and device see, and stores a handle in *out. options may be
+/// Creates an io_queue in memory of its own, which the host sees, and GPUs that it is page-locked for, and stores a handle in *out. options may be
 /// NULL.
 ///
 /// Any thread. Destroy with ringest_io_queue_destroy.
 ///
-/// Errors: -EINVAL for options out of range or out NULL; -E2BIG for an option struct with unknown fields; -ENOMEM.
+/// Errors: -EINVAL for options out of range or out NULL; -E2BIG for an option struct with unknown fields; -ENOMEM. When a
+/// GPU is named: -EOPNOTSUPP where there is no driver, or it finds no GPU; -ENODEV for an ordinal beyond ringest_gpu_count;
+/// those of the CUDA driver.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ringest_io_queue_create(
     options: *const ringest_io_queue_options,
@@ -161,8 +165,13 @@ pub unsafe extern "C" fn ringest_io_queue_create(
 ) -> i32 {
     // SAFETY: both pointers are null or valid by the C contract.
     status(|| unsafe {
-        let options = queue_options(options)?;
-        store(out, "out", || create::<ringest_io_queue>(|| Ok(QueueObject::new(IoQueue::new(options)?))))
+        let options = options::read(options)?;
+        let cut = queue_options(&options)?;
+        cut.layout()?;
+        store(out, "out", || {
+            let pinning = pinning(options.pinning, options.gpu)?;
+            create::<ringest_io_queue>(|| Ok(QueueObject::new(IoQueue::pinned(cut, &pinning)?)))
+        })
     })
 }
 
@@ -190,7 +199,11 @@ pub unsafe extern "C" fn ringest_io_queue_create_in(
 ) -> i32 {
     // SAFETY: `options` and `out` are null or valid, and the C caller keeps everything else away from the memory.
     status(|| unsafe {
-        let options = queue_options(options)?;
+        let options = options::read(options)?;
+        if options.pinning != ringest_pinning::Off as u32 {
+            return Err(Failure::new(libc::EINVAL, "pinning of memory that is given: page-lock it before, and pass 0"));
+        }
+        let options = queue_options(&options)?;
         store(out, "out", || {
             let memory = IoQueueMemory {
                 control: shared(control)?.duplicate(),
@@ -229,6 +242,28 @@ pub extern "C" fn ringest_io_queue_destroy(queue: *mut ringest_io_queue) -> i32 
 pub unsafe extern "C" fn ringest_io_queue_device_view(queue: *const ringest_io_queue, out: *mut IoQueueView) -> i32 {
     // SAFETY: `out` is null or valid by the C contract.
     status(|| unsafe { store(out, "out", || Ok(shared(queue)?.queue.view()?)) })
+}
+
+/// Stores the view for kernels on one of several GPUs, by its ordinal. From now on the memory is lent out.
+///
+/// Any thread.
+///
+/// Errors: -EBADF; -EINVAL when out is NULL; -EOPNOTSUPP when the GPU is not known to map one of the parts (they are not
+/// page-locked), where there is no driver, or it finds no GPU; -ENODEV for an ordinal beyond ringest_gpu_count; those of
+/// the CUDA driver.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ringest_io_queue_device_view_on(
+    queue: *const ringest_io_queue,
+    gpu: u32,
+    out: *mut IoQueueView,
+) -> i32 {
+    // SAFETY: `out` is null or valid by the C contract.
+    status(|| unsafe {
+        store(out, "out", || {
+            let entered = shared(queue)?;
+            Ok(entered.queue.view_on(&open(gpu)?)?)
+        })
+    })
 }
 
 /// Stores the view with this process's addresses, for consumers on the CPU that use ringest_device.cuh. From now on the

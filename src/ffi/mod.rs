@@ -14,8 +14,10 @@
 
 pub mod buffer;
 pub mod consumer;
+pub mod device_buffer;
 pub mod driver;
 pub mod file;
+pub mod gpu;
 mod handle;
 pub mod io_queue;
 pub mod library;
@@ -25,6 +27,7 @@ mod options;
 pub mod ring;
 pub mod stream;
 pub mod tail;
+pub mod vmm;
 
 use crate::error::PipelineError;
 use std::cell::RefCell;

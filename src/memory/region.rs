@@ -377,10 +377,15 @@ impl<'a> GpuMappedBuffer<'a> {
     /// # Errors
     /// `EINVAL` when the memory is not so; `EBUSY` when another handle shares it; the driver's ([`PipelineError::Cuda`]).
     pub fn on_gpu(mut self, gpu: &Gpu) -> Result<Self> {
+        self.check_gpu(gpu)?;
+        Ok(self)
+    }
+
+    /// As [`on_gpu`](Self::on_gpu), in place. When it fails the buffer is as before.
+    pub(crate) fn check_gpu(&mut self, gpu: &Gpu) -> Result<()> {
         let region = Arc::get_mut(&mut self.region)
             .ok_or_else(|| PipelineError::busy("the buffer's memory", "check it before it is shared or registered"))?;
-        region.look_up(gpu)?;
-        Ok(self)
+        region.look_up(gpu)
     }
 
     /// Copies bytes out, from `offset`, into `target`.

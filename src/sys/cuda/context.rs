@@ -58,18 +58,11 @@ impl Drop for Entered {
 impl Context {
     /// Retains the primary context of a device, which the CUDA runtime uses too.
     pub(crate) fn primary(ordinal: u32) -> Result<Self> {
-        let driver = Driver::get()?;
         let process = Process::current();
-        let ordinal = c_int::try_from(ordinal).map_err(|_| no_such_device(ordinal))?;
-        let (mut device, mut raw) = (0, std::ptr::null_mut());
-        // SAFETY: both calls write one value to a place of its type.
-        unsafe {
-            driver.device_get(&mut device, ordinal).map_err(|failure| match failure.code() {
-                Some(super::table::code::INVALID_DEVICE) => no_such_device(ordinal as u32),
-                _ => failure.into(),
-            })?;
-            driver.primary_retain(&mut raw, device)?;
-        }
+        let (driver, device) = device(ordinal)?;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: one pointer is written.
+        unsafe { driver.primary_retain(&mut raw, device)? };
         Ok(Self { driver, raw, device, primary: true, process })
     }
 
@@ -164,6 +157,19 @@ impl Failure {
             other => other,
         }
     }
+}
+
+/// The driver, and its device with an ordinal.
+pub(crate) fn device(ordinal: u32) -> Result<(&'static Driver, c_int)> {
+    let driver = Driver::get()?;
+    let number = c_int::try_from(ordinal).map_err(|_| no_such_device(ordinal))?;
+    let mut device = 0;
+    // SAFETY: one int is written.
+    unsafe { driver.device_get(&mut device, number) }.map_err(|failure| match failure.code() {
+        Some(super::table::code::INVALID_DEVICE) => no_such_device(ordinal),
+        _ => failure.into(),
+    })?;
+    Ok((driver, device))
 }
 
 /// GPUs that this process sees.

@@ -10,7 +10,7 @@ mod stream;
 mod table;
 mod virtual_memory;
 
-pub(crate) use context::{Context, current_device, device_count};
+pub(crate) use context::{Context, current_device, device, device_count};
 pub(crate) use memory::{DeviceMemory, HostMemory, PinnedMapping, Pointer, host_device_pointer, set_sync_memops};
 #[cfg_attr(not(feature = "testing"), allow(unused_imports, reason = "the layers above take more of it in turn"))]
 pub(crate) use stream::{Event, External, Module, Parameters, Stream};
