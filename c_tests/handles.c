@@ -1,8 +1,9 @@
 // Handles that are NULL, stale, of another kind or made up are -EBADF everywhere, and nothing is touched.
+#include "gpu_calls.h"
 #include "queue.h"
 
-enum { KINDS = 10 };
-enum kind { NONE, MAPPED, BUFFER, FILE_, LINE, RING, STREAM, SHARED, QUEUE, CONSUMER, DRIVER };
+enum { KINDS = 12 };
+enum kind { NONE, MAPPED, BUFFER, FILE_, LINE, RING, STREAM, SHARED, QUEUE, CONSUMER, DRIVER, VMM, RANGE };
 
 static struct world w;
 static struct ringest_file *file;
@@ -39,6 +40,8 @@ static void every_call(void *h, enum kind kind) {
         CALL(-EBADF, ringest_mapped_size, m);
         CALL(-EBADF, ringest_mapped_host_ptr, m, &place);
         CALL(-EBADF, ringest_mapped_device_ptr, m, &number);
+        CALL(-EBADF, ringest_mapped_device_ptr_on, m, 0, &number);
+        CALL(-EBADF, ringest_mapped_pinned, m);
         CALL(-EBADF, ringest_mapped_share, m, &buffer);
     }
     if (kind != BUFFER) {
@@ -50,6 +53,8 @@ static void every_call(void *h, enum kind kind) {
         CALL(-EBADF, ringest_buffer_kind, b);
         CALL(-EBADF, ringest_buffer_host_ptr, b, &place);
         CALL(-EBADF, ringest_buffer_device_ptr, b, &number);
+        CALL(-EBADF, ringest_buffer_device_ptr_on, b, 0, &number);
+        CALL(-EBADF, ringest_buffer_check_gpu, b, 0);
         CALL(-EBADF, ringest_tail_line_in_buffer, b, 0, &line);
         CALL(-EBADF, ringest_stream_create, w.ring, b, w.line, NULL, &stream);
         CALL(-EBADF, ringest_stream_create_u64, w.ring, b, &number, NULL, &stream);
@@ -140,6 +145,7 @@ static void every_call(void *h, enum kind kind) {
         memset(&data, 0, sizeof data);
         CALL(-EBADF, ringest_io_queue_destroy, q);
         CALL(-EBADF, ringest_io_queue_device_view, q, &view);
+        CALL(-EBADF, ringest_io_queue_device_view_on, q, 0, &view);
         CALL(-EBADF, ringest_io_queue_host_view, q, &view);
         CALL(-EBADF, ringest_io_queue_consumers_stopped, q);
         CALL(-EBADF, ringest_io_queue_reserve, q, &slot);
@@ -164,6 +170,10 @@ static void every_call(void *h, enum kind kind) {
         every_driver_call(-EBADF, d, file);
         every_driver_look(-EBADF, d);
     }
+    if (kind != VMM) every_vmm_call(-EBADF, (struct ringest_vmm *)h);
+    if (kind != RANGE) every_range_call(-EBADF, (struct ringest_vmm_range *)h);
+    every_device_buffer_call(-EBADF, (struct ringest_device_buffer *)h);
+    every_memory_call(-EBADF, (struct ringest_vmm_memory *)h);
     CHECK(!queue && !consumer && !driver);
     CHECK(!mapped && !shared && !buffer && !line && !stream && !words && !number && !half && !place);
     CALL(0, ringest_stream_inflight, w.stream);
@@ -175,7 +185,9 @@ int main(void) {
     struct world gone;
     struct pipeline over;
     struct ringest_file *closed;
-    void *live[KINDS], *stale[9], *second[KINDS];
+    struct ringest_vmm *vmm, *other_vmm;
+    struct ringest_vmm_range *range, *other_range;
+    void *live[KINDS], *stale[11], *second[KINDS];
     int fd = data_file(100);
     size_t i;
 
@@ -185,10 +197,12 @@ int main(void) {
     CALL(0, ringest_ring_share_buffers, w.ring, &shares);
     open_pipeline(&p, 0, 0, 0);
     CALL(0, ringest_ring_create, NULL, &spare);
+    CALL(0, ringest_vmm_create, RINGEST_GPU_NONE, &vmm);
+    CALL(0, ringest_vmm_reserve, vmm, RINGEST_VMM_PLANNING_GRANULARITY, 4096, 0, &range);
     every_call(NULL, NONE);
 
     live[0] = w.mapped, live[1] = w.buffer, live[2] = file, live[3] = w.line, live[4] = w.ring, live[5] = w.stream;
-    live[6] = shares, live[7] = p.queue, live[8] = p.consumer, live[9] = p.driver;
+    live[6] = shares, live[7] = p.queue, live[8] = p.consumer, live[9] = p.driver, live[10] = vmm, live[11] = range;
     for (i = 0; i < KINDS; i++) every_call(live[i], (enum kind)(i + 1));
 
     // Destroyed ones, whose places are in use again, and ones to be.
@@ -196,19 +210,27 @@ int main(void) {
     CALL(0, ringest_file_from_fd, fd, 0, &closed);
     stale[0] = gone.mapped, stale[1] = gone.buffer, stale[2] = closed;
     stale[3] = gone.line, stale[4] = gone.ring, stale[5] = gone.stream;
+    CALL(0, ringest_vmm_create, RINGEST_GPU_NONE, &other_vmm);
+    CALL(0, ringest_vmm_reserve, other_vmm, RINGEST_VMM_PLANNING_GRANULARITY, 4096, 0, &other_range);
+    stale[9] = other_vmm, stale[10] = other_range;
+    CALL(0, ringest_vmm_destroy, other_vmm);
+    CALL(0, ringest_vmm_range_release, other_range);
     open_pipeline(&over, 0, 0, 0);
     stale[6] = over.queue, stale[7] = over.consumer, stale[8] = over.driver;
     close_pipeline(&over);
     close_world(&gone);
     CALL(0, ringest_file_close, closed);
-    for (i = 0; i < 9; i++) every_call(stale[i], NONE);
+    for (i = 0; i < 11; i++) every_call(stale[i], NONE);
     open_pipeline(&over, 0, 0, 0);
+    CALL(0, ringest_vmm_create, RINGEST_GPU_NONE, &other_vmm);
+    CALL(0, ringest_vmm_reserve, other_vmm, RINGEST_VMM_PLANNING_GRANULARITY, 4096, 0, &other_range);
     open_world(&gone, 4096, 0, 0);
     CALL(0, ringest_file_from_fd, fd, 0, &closed);
-    for (i = 0; i < 9; i++) every_call(stale[i], NONE);
+    for (i = 0; i < 11; i++) every_call(stale[i], NONE);
     second[0] = gone.mapped, second[1] = gone.buffer, second[2] = closed;
     second[3] = gone.line, second[4] = gone.ring, second[5] = gone.stream, second[6] = NULL;
     second[7] = over.queue, second[8] = over.consumer, second[9] = over.driver;
+    second[10] = other_vmm, second[11] = other_range;
 
     // Bits that were never a handle, among them pointers, and live handles with one bit changed.
     {
@@ -226,6 +248,10 @@ int main(void) {
             every_call(h, NONE);
         }
     }
+    CALL(0, ringest_vmm_range_release, other_range);
+    CALL(0, ringest_vmm_destroy, other_vmm);
+    CALL(0, ringest_vmm_range_release, range);
+    CALL(0, ringest_vmm_destroy, vmm);
     CALL(0, ringest_file_close, closed);
     close_world(&gone);
     close_pipeline(&over);

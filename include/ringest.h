@@ -2098,8 +2098,8 @@ int64_t ringest_vmm_range_mapped(const struct ringest_vmm_range *range);
 // Any thread.
 //
 // Errors: -EBADF; -EINVAL for size 0, or a size or offset that is no multiple of the memory's granularity; -ERANGE when
-// the part does not lie inside the range or the memory; -EBUSY when something is mapped there; those of the CUDA driver,
-// which from CUDA 13 on maps only whole memory from its beginning (-EOPNOTSUPP).
+// the part does not lie inside the range or the memory; -EBUSY when something is mapped there; -EOPNOTSUPP for a range
+// without a GPU; those of the CUDA driver, which from CUDA 13 on maps only whole memory from its beginning.
 int32_t ringest_vmm_range_map(struct ringest_vmm_range *range,
                               size_t offset,
                               size_t size,

@@ -330,8 +330,8 @@ pub extern "C" fn ringest_vmm_range_mapped(range: *const ringest_vmm_range) -> i
 /// Any thread.
 ///
 /// Errors: -EBADF; -EINVAL for size 0, or a size or offset that is no multiple of the memory's granularity; -ERANGE when
-/// the part does not lie inside the range or the memory; -EBUSY when something is mapped there; those of the CUDA driver,
-/// which from CUDA 13 on maps only whole memory from its beginning (-EOPNOTSUPP).
+/// the part does not lie inside the range or the memory; -EBUSY when something is mapped there; -EOPNOTSUPP for a range
+/// without a GPU; those of the CUDA driver, which from CUDA 13 on maps only whole memory from its beginning.
 #[unsafe(no_mangle)]
 pub extern "C" fn ringest_vmm_range_map(
     range: *mut ringest_vmm_range,
