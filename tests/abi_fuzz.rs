@@ -5,8 +5,10 @@
 
 use ringest::ffi::buffer::*;
 use ringest::ffi::consumer::*;
+use ringest::ffi::device_buffer::*;
 use ringest::ffi::driver::*;
 use ringest::ffi::file::*;
+use ringest::ffi::gpu::*;
 use ringest::ffi::io_queue::*;
 use ringest::ffi::library::*;
 use ringest::ffi::log::*;
@@ -14,6 +16,7 @@ use ringest::ffi::mapped::*;
 use ringest::ffi::ring::*;
 use ringest::ffi::stream::*;
 use ringest::ffi::tail::*;
+use ringest::ffi::vmm::*;
 use ringest::wire::{IoQueueView, NO_SEQUENCE};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::{CStr, CString, c_void};
@@ -64,10 +67,25 @@ const ERRNOS: [(&str, i32); 33] = [
 ];
 
 /// What may come from where the header only names the source.
-const SOURCES: [(&str, &[i32]); 3] = [
+const SOURCES: [(&str, &[i32]); 4] = [
     (
         "those of open(2)",
         &[libc::ENOENT, libc::EACCES, libc::ENOTDIR, libc::ELOOP, libc::ENAMETOOLONG, libc::EMFILE, libc::ENXIO],
+    ),
+    (
+        "of the CUDA driver",
+        &[
+            libc::EINVAL,
+            libc::ENOMEM,
+            libc::ENODEV,
+            libc::EBUSY,
+            libc::ENOENT,
+            libc::EAGAIN,
+            libc::EPERM,
+            libc::EOPNOTSUPP,
+            libc::ETIMEDOUT,
+            libc::EIO,
+        ],
     ),
     ("those of io_uring_enter(2)", &[libc::EAGAIN, libc::EBUSY, libc::EINTR]),
     (
@@ -234,6 +252,7 @@ fn page(bytes: usize) -> *mut u8 {
     raw.cast()
 }
 
+const GRANULE: usize = RINGEST_VMM_PLANNING_GRANULARITY as usize;
 const OWNED: usize = 32 << 10;
 const RELEASED: u8 = 0xa5;
 
@@ -268,10 +287,15 @@ enum Family {
     Queue,
     Consumer,
     Driver,
+    Device,
+    Vmm,
+    Range,
+    Memory,
 }
 use Family::*;
 
-const FAMILIES: [Family; 10] = [Mapped, Buffer, File, Line, Ring, Stream, Shares, Queue, Consumer, Driver];
+const FAMILIES: [Family; 14] =
+    [Mapped, Buffer, File, Line, Ring, Stream, Shares, Queue, Consumer, Driver, Device, Vmm, Range, Memory];
 
 #[derive(Default)]
 struct Pool {
@@ -313,7 +337,7 @@ struct DriverModel {
 struct Model<'a> {
     random: Random,
     shared: &'a Shared,
-    pools: [Pool; 10],
+    pools: [Pool; 14],
     streams: HashMap<usize, StreamModel>,
     queues: HashMap<usize, QueueModel>,
     consumers: HashMap<usize, ConsumerModel>,
@@ -470,7 +494,7 @@ impl Model<'_> {
         // SAFETY: handles may be anything; every other pointer is NULL or a valid place, and memory that reads go to
         // is mapped by ringest or never freed.
         unsafe {
-            match self.random.below(64) {
+            match self.random.below(70) {
                 0..=3 => self.mapped(),
                 4..=8 => self.buffers(),
                 9..=10 => self.files(),
@@ -488,7 +512,10 @@ impl Model<'_> {
                 54..=55 => self.create_driver(),
                 56..=58 => self.request(),
                 59..=62 => self.drive_driver(),
-                _ => self.end_driver(),
+                63 => self.end_driver(),
+                64..=65 => self.device_buffers(),
+                66 => self.gpus(),
+                _ => self.virtual_memory(),
             }
         }
     }
@@ -501,12 +528,15 @@ impl Model<'_> {
         let ok = live && !no_out;
         // SAFETY: see `step`.
         unsafe {
-            match self.random.below(if self.pools[Mapped as usize].live.is_empty() { 1 } else { 8 }) {
+            match self.random.below(if self.pools[Mapped as usize].live.is_empty() { 1 } else { 10 }) {
                 0 => {
-                    let raw = self.options(16, |random, at| match at {
+                    let raw = self.options(40, |random, at| match at {
                         4 => random.of(&[0, 1, 2, 3]),
                         8 => random.of(&[1, 24, 4096, 65536, 1 << 31]),
-                        _ => random.of(&[0, 0, 0, 256]),
+                        12 => random.of(&[0, 0, 0, 256]),
+                        16 => random.of(&[0, 1, 2, 3, 4]),
+                        20 => random.of(&[0, 0, 0, 1, u32::MAX]),
+                        _ => random.of(&[0, 0, 0, 0, 0, 0, 1]),
                     });
                     let options = if self.random.one_in(2) { null() } else { (&raw const raw).cast() };
                     let len = self.random.of(&[1, 4096, 65536, 65536, 300_000, 3 << 20, 0, 1 << 62, usize::MAX]);
@@ -523,6 +553,12 @@ impl Model<'_> {
                 3 => {
                     let rc = ringest_mapped_device_ptr(handle, if no_out { null_mut() } else { &mut number });
                     self.sure("ringest_mapped_device_ptr", rc.into(), ok);
+                }
+                5 => drop(self.sure("ringest_mapped_pinned", ringest_mapped_pinned(handle).into(), live)),
+                6 => {
+                    let gpu = self.gpu();
+                    let rc = ringest_mapped_device_ptr_on(handle, gpu, if no_out { null_mut() } else { &mut number });
+                    self.judge("ringest_mapped_device_ptr_on", rc.into(), ok);
                 }
                 4 => {
                     if self.sure("ringest_mapped_free", ringest_mapped_free(handle).into(), live) == 0 {
@@ -550,7 +586,7 @@ impl Model<'_> {
         let device = self.random.of(&[0, 1 << 40, u64::MAX - 100]);
         // SAFETY: see `step`.
         unsafe {
-            match self.random.below(11) {
+            match self.random.below(13) {
                 0 => {
                     let base = if self.random.one_in(8) { null_mut() } else { page(OWNED) };
                     let len = self.random.of(&[OWNED, OWNED, 1, 5000, 0]);
@@ -598,6 +634,15 @@ impl Model<'_> {
                 8 => {
                     let rc = ringest_buffer_device_ptr(handle, if no_out { null_mut() } else { &mut number });
                     self.sure("ringest_buffer_device_ptr", rc.into(), ok);
+                }
+                9 => {
+                    let gpu = self.gpu();
+                    let rc = ringest_buffer_device_ptr_on(handle, gpu, if no_out { null_mut() } else { &mut number });
+                    self.judge("ringest_buffer_device_ptr_on", rc.into(), ok);
+                }
+                10 => {
+                    let rc = ringest_buffer_check_gpu(handle, self.gpu());
+                    self.judge("ringest_buffer_check_gpu", rc.into(), live);
                 }
                 _ => {
                     if self.judge("ringest_buffer_release", ringest_buffer_release(handle).into(), live) == 0 {
@@ -999,14 +1044,16 @@ impl Model<'_> {
 
     unsafe fn create_queue(&mut self) {
         let no_out = self.random.one_in(16);
-        let raw = self.options(32, |random, at| match at {
+        let raw = self.options(48, |random, at| match at {
             4 => random.of(&[2, 4, 8, 3, 131_072]),
             8 => random.of(&[1, 100, 4096, 10_000, u32::MAX]),
             12 => random.of(&[128, 4096, 64, 4 << 20]),
             16 => random.of(&[0, 1, 2, 3, 4]),
             20 => random.of(&[1, 1, 2, 3, 65_537]),
             24 => random.of(&[0, 1, 3]),
-            _ => random.of(&[0, 0, 0, 1]),
+            28 => random.of(&[0, 0, 0, 1, 2, 3, 4]),
+            32 => random.of(&[0, 0, 0, 0, 1]),
+            _ => random.of(&[0, 0, 0, 0, 0, 1]),
         });
         let options = if self.random.one_in(4) { null() } else { (&raw const raw).cast() };
         let mut out = null_mut();
@@ -1050,6 +1097,11 @@ impl Model<'_> {
         // SAFETY: see `step`.
         unsafe {
             match self.random.below(20) {
+                0 if self.random.one_in(3) => {
+                    let gpu = self.gpu();
+                    let rc = ringest_io_queue_device_view_on(queue, gpu, if no_out { null_mut() } else { &mut view });
+                    self.judge("ringest_io_queue_device_view_on", rc.into(), ok);
+                }
                 0 => {
                     let rc = ringest_io_queue_device_view(queue, if no_out { null_mut() } else { &mut view });
                     self.judge("ringest_io_queue_device_view", rc.into(), ok);
@@ -1438,6 +1490,222 @@ impl Model<'_> {
         }
     }
 
+    fn gpu(&mut self) -> u32 {
+        self.random.of(&[0, 0, 0, 0, 1, 99, RINGEST_GPU_NONE])
+    }
+
+    unsafe fn gpus(&mut self) {
+        let gpu = self.gpu();
+        let mut info = std::mem::MaybeUninit::<ringest_gpu_info>::uninit();
+        let no_out = self.random.one_in(4);
+        // SAFETY: see `step`.
+        unsafe {
+            match self.random.below(4) {
+                0 => drop(self.judge("ringest_gpu_count", ringest_gpu_count().into(), true)),
+                1 => drop(self.judge("ringest_gpu_driver_version", ringest_gpu_driver_version().into(), true)),
+                2 => {
+                    let rc = ringest_gpu_info(gpu, if no_out { null_mut() } else { info.as_mut_ptr() });
+                    self.judge("ringest_gpu_info", rc.into(), !no_out);
+                }
+                _ => assert_eq!(ringest_gpu_leaks(), 0),
+            }
+        }
+    }
+
+    unsafe fn device_buffers(&mut self) {
+        let (handle, live) = self.pick::<ringest_device_buffer>(Device);
+        let no_out = self.random.one_in(12);
+        let ok = live && !no_out;
+        let mut out = null_mut();
+        let place = if no_out { null_mut() } else { &raw mut out };
+        let mut number = 0u64;
+        let mut bytes = [3u8; 100];
+        let data = if no_out { null_mut() } else { bytes.as_mut_ptr().cast() };
+        let (gpu, offset, len) = (self.gpu(), self.place(), self.random.of(&[0, 1, 100]));
+        let length = self.random.of(&[0, 1, 5000, 3 << 20, 1 << 60, usize::MAX]);
+        // SAFETY: see `step`.
+        unsafe {
+            match self.random.below(12) {
+                0..=1 => {
+                    let raw = self.options(32, |random, at| match at {
+                        8 => random.of(&[1, 5000, 16 << 20]),
+                        12 => random.of(&[0, 0, 0, 256]),
+                        _ => random.of(&[0, 0, 0, 0, 1]),
+                    });
+                    let options = if self.random.one_in(2) { null() } else { (&raw const raw).cast() };
+                    let rc = ringest_device_buffer_create(gpu, length, options, place);
+                    let rc = self.judge("ringest_device_buffer_create", rc.into(), !no_out);
+                    self.born(Device, rc, out);
+                }
+                2 => {
+                    // Of memory that nobody else frees, there is none but what is not a GPU's.
+                    let address = self.random.of(&[0, 1, 4096, &raw const bytes as u64, u64::MAX]);
+                    let rc = ringest_device_buffer_from_ptr(gpu, address, length, place);
+                    let rc = self.judge("ringest_device_buffer_from_ptr", rc.into(), false);
+                    self.born(Device, rc, out);
+                }
+                3 => {
+                    let rc = ringest_device_buffer_address(handle, if no_out { null_mut() } else { &mut number });
+                    self.sure("ringest_device_buffer_address", rc.into(), ok);
+                }
+                4 => {
+                    let size = self.sure("ringest_device_buffer_size", ringest_device_buffer_size(handle), live);
+                    let capacity = ringest_device_buffer_capacity(handle);
+                    assert!(self.sure("ringest_device_buffer_capacity", capacity, live) >= size || !live);
+                }
+                5 => {
+                    let rc = ringest_device_buffer_grow(handle, length.min(64 << 20));
+                    self.judge("ringest_device_buffer_grow", rc.into(), live);
+                }
+                6..=7 => {
+                    let rc = ringest_device_buffer_copy_in(handle, offset, data, len);
+                    self.judge("ringest_device_buffer_copy_in", rc.into(), live && (!no_out || len == 0));
+                    let rc = ringest_device_buffer_copy_out(handle, offset, data, len);
+                    self.judge("ringest_device_buffer_copy_out", rc.into(), live && (!no_out || len == 0));
+                }
+                8 => {
+                    let rc = ringest_device_buffer_fill(handle, offset, len, 9);
+                    self.judge("ringest_device_buffer_fill", rc.into(), live);
+                }
+                9 => {
+                    let rc = ringest_device_buffer_export_dma_buf(handle, offset, 4096);
+                    self.descriptor("ringest_device_buffer_export_dma_buf", rc, live);
+                }
+                _ => {
+                    let rc = ringest_device_buffer_free(handle);
+                    if self.sure("ringest_device_buffer_free", rc.into(), live) == 0 {
+                        self.died(Device, handle);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Judges a result that is a new descriptor, and closes it.
+    fn descriptor(&mut self, name: &str, rc: i32, valid: bool) {
+        if self.judge(name, rc.into(), valid) >= 0 {
+            use std::os::fd::FromRawFd;
+            // SAFETY: it is the caller's, and nobody else has it.
+            drop(unsafe { OwnedFd::from_raw_fd(rc) });
+        }
+    }
+
+    unsafe fn virtual_memory(&mut self) {
+        let (vmm, vmm_live) = self.pick::<ringest_vmm>(Vmm);
+        let (range, range_live) = self.pick::<ringest_vmm_range>(Range);
+        let (memory, memory_live) = self.pick::<ringest_vmm_memory>(Memory);
+        let no_out = self.random.one_in(12);
+        let mut number = 0u64;
+        let at = self.random.of(&[0, 0, GRANULE, 2 * GRANULE, 1, 1 << 40, usize::MAX]);
+        let size = self.random.of(&[GRANULE, GRANULE, GRANULE, 2 * GRANULE, 0, 4096, usize::MAX & !(GRANULE - 1)]);
+        let (kind, id) = (self.random.of(&[0, 0, 1, 1, 2, 3, 4]), self.random.of(&[0, 0, 0, 1, u32::MAX]));
+        let raw = self.options(32, |random, at| match at {
+            4 => random.of(&[0, 1, 2, 3, 4]),
+            8 => random.of(&[0, 1, 2, 3, 4]),
+            _ => random.of(&[0, 0, 0, 0, 1]),
+        });
+        let options = if self.random.one_in(2) { null() } else { (&raw const raw).cast() };
+        // SAFETY: see `step`.
+        unsafe {
+            match self.random.below(24) {
+                0..=1 => {
+                    let gpu = self.random.of(&[RINGEST_GPU_NONE, RINGEST_GPU_NONE, 0, 0, 1, 99]);
+                    let mut out = null_mut();
+                    let rc = ringest_vmm_create(gpu, if no_out { null_mut() } else { &mut out });
+                    let rc = self.judge("ringest_vmm_create", rc.into(), !no_out);
+                    self.born(Vmm, rc, out);
+                }
+                2 => {
+                    if self.sure("ringest_vmm_destroy", ringest_vmm_destroy(vmm).into(), vmm_live) == 0 {
+                        self.died(Vmm, vmm);
+                    }
+                }
+                3 => {
+                    let rc = ringest_vmm_granularity(vmm, options, self.random.of(&[0, 1, 2]));
+                    self.judge("ringest_vmm_granularity", rc, vmm_live);
+                }
+                4..=6 => {
+                    let alignment = self.random.of(&[1, 4096, GRANULE, 2 * GRANULE, 0, 3]);
+                    let mut out = null_mut();
+                    let place = if no_out { null_mut() } else { &raw mut out };
+                    let rc = ringest_vmm_reserve(vmm, size.wrapping_mul(2), alignment, 0, place);
+                    let rc = self.judge("ringest_vmm_reserve", rc.into(), vmm_live && !no_out);
+                    self.born(Range, rc, out);
+                }
+                7 => {
+                    let mapped = ringest_vmm_range_mapped(range);
+                    let rc = ringest_vmm_range_release(range);
+                    if self.judge("ringest_vmm_range_release", rc.into(), range_live) == 0 {
+                        self.died(Range, range);
+                    }
+                    assert_eq!(rc == -libc::EBUSY, mapped > 0, "released {mapped} bytes of mappings: {rc}");
+                }
+                8 => {
+                    let size = self.sure("ringest_vmm_range_size", ringest_vmm_range_size(range), range_live);
+                    let mapped = self.sure("ringest_vmm_range_mapped", ringest_vmm_range_mapped(range), range_live);
+                    assert!(mapped <= size);
+                }
+                9 => {
+                    let rc = ringest_vmm_range_address(range, if no_out { null_mut() } else { &mut number });
+                    self.sure("ringest_vmm_range_address", rc.into(), range_live && !no_out);
+                }
+                10..=12 => {
+                    let from = self.random.of(&[0, 0, 0, GRANULE, 1]);
+                    let rc = ringest_vmm_range_map(range, at, size, memory, from);
+                    self.judge("ringest_vmm_range_map", rc.into(), range_live && memory_live);
+                }
+                13 => {
+                    let rc = ringest_vmm_range_unmap(range, at, size);
+                    self.judge("ringest_vmm_range_unmap", rc.into(), range_live);
+                }
+                14..=15 => {
+                    let access = self.random.of(&[0, 1, 2, 3]);
+                    let grants = [ringest_vmm_grant { location: kind, id, access, reserved: 0 }; 2];
+                    let list = if no_out { null() } else { grants.as_ptr() };
+                    let count = self.random.of(&[0, 1, 1, 2]);
+                    let rc = ringest_vmm_range_set_access(range, at, size, list, count);
+                    self.judge("ringest_vmm_range_set_access", rc.into(), range_live && !no_out && count > 0);
+                }
+                16 => {
+                    let rc = ringest_vmm_range_access(range, at, kind, id);
+                    assert!(self.judge("ringest_vmm_range_access", rc.into(), range_live) <= 2);
+                }
+                17 => {
+                    let rc = ringest_vmm_range_export_dma_buf(range, at, size);
+                    self.descriptor("ringest_vmm_range_export_dma_buf", rc, range_live);
+                }
+                18..=19 => {
+                    let mut out = null_mut();
+                    let rc = ringest_vmm_alloc_physical(vmm, size, options, if no_out { null_mut() } else { &mut out });
+                    let rc = self.judge("ringest_vmm_alloc_physical", rc.into(), vmm_live && !no_out);
+                    self.born(Memory, rc, out);
+                }
+                20 => {
+                    // Of no memory: what the driver would do with it is its own matter.
+                    let fd = self.random.of(&[-1, i32::MIN, self.shared.file.as_raw_fd()]);
+                    let mut out = null_mut();
+                    let rc = ringest_vmm_import_fd(vmm, fd, size, if no_out { null_mut() } else { &mut out });
+                    let rc = self.judge("ringest_vmm_import_fd", rc.into(), vmm_live && !no_out && fd >= 0);
+                    self.born(Memory, rc, out);
+                }
+                21 => {
+                    self.sure("ringest_vmm_memory_size", ringest_vmm_memory_size(memory), memory_live);
+                    let rc = ringest_vmm_memory_export_fd(memory);
+                    self.descriptor("ringest_vmm_memory_export_fd", rc, memory_live);
+                }
+                _ => {
+                    let mapped = ringest_vmm_memory_is_mapped(memory);
+                    self.sure("ringest_vmm_memory_is_mapped", mapped.into(), memory_live);
+                    let rc = ringest_vmm_memory_free(memory);
+                    if self.judge("ringest_vmm_memory_free", rc.into(), memory_live) == 0 {
+                        self.died(Memory, memory);
+                    }
+                    assert_eq!(rc == -libc::EBUSY, mapped == 1, "freed while mapped: {rc}");
+                }
+            }
+        }
+    }
+
     unsafe fn library(&mut self) {
         let mut stats = ringest_leaks::default();
         let mut crc = 0;
@@ -1501,6 +1769,17 @@ impl Model<'_> {
                 last.for_each(|&handle| assert!(call(handle) == -libc::EBADF || self.leaks > 0));
             }
         };
+        for &range in &self.pools[Range as usize].live {
+            let size = ringest_vmm_range_size(range as *mut _) as usize;
+            for at in (0..size).step_by(GRANULE).take(8) {
+                let whole = |granules| ringest_vmm_range_unmap(range as *mut _, at, granules * GRANULE);
+                let _ = (whole(1), whole(2));
+            }
+        }
+        end(Device, &|handle| ringest_device_buffer_free(handle as *mut _));
+        end(Range, &|handle| ringest_vmm_range_release(handle as *mut _));
+        end(Memory, &|handle| ringest_vmm_memory_free(handle as *mut _));
+        end(Vmm, &|handle| ringest_vmm_destroy(handle as *mut _));
         end(Consumer, &|handle| ringest_consumer_destroy(handle as *mut _));
         end(Queue, &|handle| ringest_io_queue_destroy(handle as *mut _));
         end(Ring, &|handle| ringest_ring_destroy(handle as *mut _));
