@@ -164,7 +164,11 @@ impl Parts {
     fn new(slot_bytes: u32) -> Outcome<Self> {
         let options = IoQueueOptions { slots: SLOTS, slot_bytes, ..IoQueueOptions::default() };
         let layout = options.layout()?;
-        let slots = MappedOptions { alignment: options.alignment as usize, huge_pages: options.huge_pages };
+        let slots = MappedOptions {
+            alignment: options.alignment as usize,
+            huge_pages: options.huge_pages,
+            ..MappedOptions::default()
+        };
         Ok(Self {
             options,
             stride: layout.slot_stride as usize,

@@ -1859,6 +1859,21 @@ fn sequence(shared: &Shared, seed: u64, leaked: &mut u64, log: &mut Vec<String>)
             model.consumers.insert(consumer as usize, ConsumerModel { queue, ..ConsumerModel::default() });
             model.drivers.insert(driver as usize, DriverModel::default());
         }
+        if model.random.one_in(3) {
+            let (mut vmm, mut range, mut memory) = (null_mut(), null_mut(), null_mut());
+            // SAFETY: every out pointer is a valid place.
+            unsafe {
+                if ringest_vmm_create(0, &mut vmm) != 0 {
+                    assert_eq!(ringest_vmm_create(RINGEST_GPU_NONE, &mut vmm), 0);
+                }
+                assert_eq!(ringest_vmm_reserve(vmm, 4 * GRANULE, GRANULE, 0, &mut range), 0);
+                model.born(Vmm, 0, vmm);
+                model.born(Range, 0, range);
+                if ringest_vmm_alloc_physical(vmm, GRANULE, null(), &mut memory) == 0 {
+                    model.born(Memory, 0, memory);
+                }
+            }
+        }
         for _ in 0..steps {
             if model.random.one_in(24) {
                 model.log.push("on another thread:".to_owned());

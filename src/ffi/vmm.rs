@@ -282,11 +282,11 @@ pub unsafe extern "C" fn ringest_vmm_reserve(
 pub extern "C" fn ringest_vmm_range_release(range: *mut ringest_vmm_range) -> i32 {
     status(|| {
         let mut entered = last(range.cast_const())?;
-        if let Some(range) = entered.range.take() {
-            if let Err((range, error)) = entered.manager.release(range) {
-                entered.range = Some(range);
-                return Err(error.into());
-            }
+        if let Some(range) = entered.range.take()
+            && let Err((range, error)) = entered.manager.release(range)
+        {
+            entered.range = Some(range);
+            return Err(error.into());
         }
         drop(entered.take());
         Ok(())
@@ -507,11 +507,11 @@ pub unsafe extern "C" fn ringest_vmm_import_fd(
 pub extern "C" fn ringest_vmm_memory_free(memory: *mut ringest_vmm_memory) -> i32 {
     status(|| {
         let mut entered = last(memory.cast_const())?;
-        if let Some(memory) = entered.memory.take() {
-            if let Err((memory, error)) = entered.manager.free_physical(memory) {
-                entered.memory = Some(memory);
-                return Err(error.into());
-            }
+        if let Some(memory) = entered.memory.take()
+            && let Err((memory, error)) = entered.manager.free_physical(memory)
+        {
+            entered.memory = Some(memory);
+            return Err(error.into());
         }
         drop(entered.take());
         Ok(())
