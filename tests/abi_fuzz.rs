@@ -3,6 +3,9 @@
 //!
 //! `RINGEST_FUZZ_SEQUENCES` sets how many; `RINGEST_FUZZ_SEED` (printed on failure) replays one.
 
+mod common;
+
+use common::test_name;
 use ringest::ffi::buffer::*;
 use ringest::ffi::consumer::*;
 use ringest::ffi::device_buffer::*;
@@ -1911,6 +1914,24 @@ fn number(name: &str) -> Option<u64> {
 
 #[test]
 fn random_call_sequences_keep_the_contract() {
+    fuzz(1);
+}
+
+#[test]
+fn random_call_sequences_keep_the_contract_with_gpus() {
+    let name = test_name!();
+    let environment = [("FAKE_CUDA_DEVICES", "2")];
+    let outcome = common::gpu::with_fake(name, &[], &environment, || {
+        fuzz(4);
+        assert_eq!(common::gpu::Fake::get().misuses(), (0, String::new()));
+    });
+    if let Err(reason) = outcome {
+        common::print_skip(name, &reason);
+    }
+}
+
+/// As many sequences as are wanted, or a part of them.
+fn fuzz(part: u64) {
     let mut ring = null_mut();
     // SAFETY: `ring` is a place for a handle.
     if unsafe { ringest_ring_create(null(), &mut ring) } != 0 {
@@ -1930,7 +1951,7 @@ fn random_call_sequences_keep_the_contract() {
     let current = AtomicU64::new(base);
     let done = std::sync::atomic::AtomicBool::new(false);
     let started = Instant::now();
-    let sequences = if replay.is_some() { 1 } else { count };
+    let sequences = if replay.is_some() { 1 } else { count / part };
     let outcome = std::thread::scope(|scope| {
         scope.spawn(|| {
             // The watchdog: no sequence takes this long.
