@@ -307,6 +307,8 @@ static void device_memory(const struct ringest_gpu_info *info) {
     struct ringest_device_buffer *owned, *wrapped, *growing, *none = NULL;
     uint64_t address, after;
     int64_t size, capacity, fd;
+    pid_t child;
+    int ended;
     size_t i;
 
     for (i = 0; i < sizeof bytes; i++) bytes[i] = pattern(i);
@@ -339,6 +341,16 @@ static void device_memory(const struct ringest_gpu_info *info) {
     CALL(0, ringest_device_buffer_from_ptr, 0, address + 77, 100, &wrapped);
     CALL(0, ringest_device_buffer_copy_out, wrapped, 3, back, 97);
     CHECK(!memcmp(back, bytes + 3, 97));
+    // A child has no GPU; what it gives up stays its parent's.
+    child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        CALL(-EOPNOTSUPP, ringest_device_buffer_fill, owned, 0, 1, 0);
+        CALL(2 * MIB, ringest_device_buffer_size, owned);
+        CALL(0, ringest_device_buffer_free, owned);
+        _exit(0);
+    }
+    CHECK(waitpid(child, &ended, 0) == child && WIFEXITED(ended) && WEXITSTATUS(ended) == 0);
     CALL(0, ringest_device_buffer_free, wrapped);
     every_device_buffer_call(-EBADF, wrapped);
     CALL(-ERANGE, ringest_device_buffer_from_ptr, 0, address, (size_t)1 << 45, &none);

@@ -256,7 +256,8 @@ struct ringest_consumer;
 
 // Memory of a GPU that the CPU cannot address: owned, or the caller's.
 //
-// Freeing it, like unmapping what is behind it, is the caller's to order after kernels and copies that use it.
+// Freeing it is the caller's to order after kernels and copies that use it. Calls that change or fill it come from one
+// thread at a time (-EBUSY otherwise).
 struct ringest_device_buffer;
 
 // A driver: fills the slots of an io_queue from files; consumers that have the queue's view take them.
@@ -325,10 +326,10 @@ struct ringest_tail_line;
 // Nothing here waits for kernels: unmapping what a running kernel uses makes the kernel fault, and with it the context.
 struct ringest_vmm;
 
-// Physical memory.
+// Physical memory, kept by this handle and by what it is mapped to.
 struct ringest_vmm_memory;
 
-// Reserved addresses, and what is mapped there.
+// Reserved addresses, and what is mapped there. Calls that change it come from one thread at a time (-EBUSY otherwise).
 struct ringest_vmm_range;
 
 // Called once, when ringest no longer needs memory that the caller owns. From any thread. It must not call ringest, throw or

@@ -42,6 +42,7 @@ fn without_a_driver_there_is_no_gpu_and_everything_says_why() {
     assert_eq!(error.errno(), libc::EOPNOTSUPP);
     assert!(error.to_string().contains("libcuda.so.1") && error.to_string().contains("install"), "{error}");
     assert_eq!(errno(Gpu::open(0)), libc::EOPNOTSUPP);
+    assert_eq!(errno(Gpu::attributes_of(0)), libc::EOPNOTSUPP);
     assert_eq!(errno(Gpu::current()), libc::EOPNOTSUPP);
     assert_eq!(errno(Gpu::driver_version()), libc::EOPNOTSUPP);
     // SAFETY: refused before it is used.
@@ -57,6 +58,19 @@ fn without_a_driver_there_is_no_gpu_and_everything_says_why() {
     assert_eq!(errno(MappedBuffer::<u8>::alloc_with(100, none)), libc::EINVAL);
     assert!(VirtualMemoryManager::detect().gpu().is_none());
     assert_eq!(gpu_leaks(), 0);
+}
+
+both! {
+    fn attributes_need_no_context(gpu: &Gpu) {
+        assert_eq!(&Gpu::attributes_of(gpu.ordinal()).unwrap(), gpu.attributes());
+        assert_eq!(errno(Gpu::attributes_of(Gpu::count().unwrap())), libc::ENODEV);
+        assert_eq!(errno(Gpu::attributes_of(u32::MAX)), libc::ENODEV);
+        let Some(fake) = Fake::find() else { return };
+        fake.fail(0, 0);
+        Gpu::attributes_of(0).unwrap();
+        let calls: Vec<_> = (1..=fake.calls()).map(|k| fake.call(k)).collect();
+        assert!(!calls.is_empty() && calls.iter().all(|name| name.starts_with("cuDevice") && !name.contains("Ctx")));
+    }
 }
 
 #[test]

@@ -10,7 +10,8 @@ use std::os::fd::IntoRawFd;
 
 /// Memory of a GPU that the CPU cannot address: owned, or the caller's.
 ///
-/// Freeing it, like unmapping what is behind it, is the caller's to order after kernels and copies that use it.
+/// Freeing it is the caller's to order after kernels and copies that use it. Calls that change or fill it come from one
+/// thread at a time (-EBUSY otherwise).
 pub struct ringest_device_buffer {
     _opaque: (),
 }

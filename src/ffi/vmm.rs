@@ -17,12 +17,12 @@ pub struct ringest_vmm {
     _opaque: (),
 }
 
-/// Reserved addresses, and what is mapped there.
+/// Reserved addresses, and what is mapped there. Calls that change it come from one thread at a time (-EBUSY otherwise).
 pub struct ringest_vmm_range {
     _opaque: (),
 }
 
-/// Physical memory.
+/// Physical memory, kept by this handle and by what it is mapped to.
 pub struct ringest_vmm_memory {
     _opaque: (),
 }
