@@ -148,7 +148,6 @@ static void reserve(struct ringest_vmm *vmm) {
     CALL(-EINVAL, ringest_vmm_reserve, vmm, GRANULE + 4096, 4096, 0, &none);
     CALL(-EINVAL, ringest_vmm_reserve, vmm, GRANULE, 4096, 1, &none);
     CALL(-EINVAL, ringest_vmm_reserve, vmm, GRANULE, 4096, 0, NULL);
-    CALL(-ENOMEM, ringest_vmm_reserve, vmm, SIZE_MAX - GRANULE + 1, 4096, 0, &none);
     CHECK(!none);
     CALL(0, ringest_vmm_reserve, vmm, 16 * GRANULE, 4 * GRANULE, 0, &range);
     CALL(16 * GRANULE, ringest_vmm_range_size, range);
@@ -194,6 +193,9 @@ static void planning(void) {
 
     CALL(0, ringest_vmm_create, RINGEST_GPU_NONE, &vmm);
     reserve(vmm);
+    range = NULL;
+    CALL(-ENOMEM, ringest_vmm_reserve, vmm, SIZE_MAX - GRANULE + 1, 4096, 0, &range);
+    CHECK(!range);
     CALL(0, ringest_vmm_reserve, vmm, GRANULE, 4096, 0, &range);
     CALL(-EOPNOTSUPP, ringest_vmm_granularity, vmm, NULL, 0);
     CALL(-EOPNOTSUPP, ringest_vmm_alloc_physical, vmm, GRANULE, NULL, &memory);
@@ -312,7 +314,7 @@ static void device_memory(const struct ringest_gpu_info *info) {
     size_t i;
 
     for (i = 0; i < sizeof bytes; i++) bytes[i] = pattern(i);
-    CALL(-ENOMEM, ringest_device_buffer_create, 0, (size_t)1 << 46, NULL, &none);
+    CALL(-ENOMEM, ringest_device_buffer_create, 0, (size_t)1 << 50, NULL, &none);
     CALL(0, ringest_device_buffer_create, 0, 2 * MIB, NULL, &owned);
     CALL(2 * MIB, ringest_device_buffer_size, owned);
     CALL(2 * MIB, ringest_device_buffer_capacity, owned);
@@ -353,7 +355,7 @@ static void device_memory(const struct ringest_gpu_info *info) {
     CHECK(waitpid(child, &ended, 0) == child && WIFEXITED(ended) && WEXITSTATUS(ended) == 0);
     CALL(0, ringest_device_buffer_free, wrapped);
     every_device_buffer_call(-EBADF, wrapped);
-    CALL(-ERANGE, ringest_device_buffer_from_ptr, 0, address, (size_t)1 << 45, &none);
+    CALL(-ERANGE, ringest_device_buffer_from_ptr, 0, address, (size_t)1 << 40, &none);
     CALL(-EINVAL, ringest_device_buffer_from_ptr, 0, (uintptr_t)bytes, 100, &none);
     CALL(0, ringest_device_buffer_free, owned);
     CHECK(!none);
@@ -381,7 +383,9 @@ static void device_memory(const struct ringest_gpu_info *info) {
 
 static void virtual_memory(const struct ringest_gpu_info *info) {
     const bool exports = info->flags & RINGEST_GPU_EXPORT_FD;
-    struct ringest_vmm_memory_options options = memory_options(exports ? RINGEST_VMM_EXPORTABLE : 0);
+    const bool peers = info->flags & RINGEST_GPU_RDMA_VIRTUAL_MEMORY;
+    struct ringest_vmm_memory_options options =
+        memory_options((exports ? RINGEST_VMM_EXPORTABLE : 0) | (peers ? RINGEST_VMM_RDMA : 0));
     struct ringest_vmm_grant grant = {RINGEST_VMM_LOCATION_OWN, 0, RINGEST_VMM_ACCESS_READ_WRITE, 0}, bad = grant;
     struct ringest_vmm *vmm, *plan;
     struct ringest_vmm_range *range, *planned;
@@ -401,7 +405,7 @@ static void virtual_memory(const struct ringest_gpu_info *info) {
     unit = (size_t)CALL(DONE, ringest_vmm_granularity, vmm, &options, 0);
     CALL(DONE, ringest_vmm_granularity, vmm, NULL, 1);
     CALL(-EINVAL, ringest_vmm_alloc_physical, vmm, unit + 1, NULL, &none);
-    CALL(-ENOMEM, ringest_vmm_alloc_physical, vmm, unit << 24, NULL, &none);
+    CALL(-ENOMEM, ringest_vmm_alloc_physical, vmm, (size_t)1 << 50, NULL, &none);
     CHECK(!none);
     CALL(0, ringest_vmm_reserve, vmm, 4 * unit, unit, 0, &range);
     CALL(0, ringest_vmm_alloc_physical, vmm, unit, &options, &memory);
