@@ -3,6 +3,10 @@
 //! libcuda is looked for when the first of these calls is made, and not before: nothing of CUDA is needed to build, link
 //! or start a program.
 
+mod kernel;
+
+pub use kernel::{GpuModule, GpuStream, KernelParameters};
+
 use crate::error::{PipelineError, Result};
 use crate::sys::cuda::constants::*;
 use crate::sys::cuda::{self, Context, Driver, Outcome, Stream};

@@ -86,6 +86,33 @@ fn every_mode_gives_every_file_its_checksum() {
 }
 
 #[test]
+fn a_gpu_is_used_or_the_report_says_why_not() {
+    let folder = Folder::new("gpu");
+    let lens = [0, 1, 15, 16, 17, 4095, 4096, 4097, 123_457, 3_000_001];
+    let files: Vec<_> = lens.iter().enumerate().map(|(index, &len)| folder.file(&format!("{index}"), len)).collect();
+    let (paths, expected): (Vec<_>, Vec<_>) = files.into_iter().unzip();
+    for options in [
+        "",
+        "--slots 4 --slot-bytes 1000",
+        "--slots 64 --slot-bytes 4096 --direct off",
+        "--slots 8 --slot-bytes 100k --consumers 3 --mode partitioned",
+        "--consumers 1",
+        "--consumers 5 --slot-bytes 8193",
+    ] {
+        let value = json(&ingest(paths.clone(), &format!("--json --gpu 0 {options}")));
+        assert_eq!(sums(&value), expected, "{options}");
+        let (used, verified) = (value["gpu"]["name"].is_string(), &value["files"][1]["verified"]);
+        assert_eq!(verified, used, "what a GPU found is compared, always");
+        assert_ne!(used, value["gpu"]["refused"].is_string(), "{}", value["gpu"]);
+    }
+    let said = ingest(paths.clone(), "--gpu 0");
+    assert!(said.status.success() && text(&said.stdout).contains("\ngpu "), "{}", text(&said.stdout));
+    let refused = ingest(paths.clone(), "--gpu 0 --mode broadcast");
+    assert!(!refused.status.success() && text(&refused.stderr).contains("--mode broadcast"));
+    assert!(json(&ingest(paths, "--json"))["gpu"].is_null());
+}
+
+#[test]
 fn more_files_than_may_be_open() {
     let folder = Folder::new("many");
     let files: Vec<_> = (0..1200).map(|index| folder.file(&format!("{index}"), index % 7)).collect();

@@ -1,6 +1,7 @@
-//! `ringest ingest`: files through a driver into an io_queue, and consumer threads that empty it.
+//! `ringest ingest`: files through a driver into an io_queue, and consumer threads, or a kernel on a GPU, that empty it.
 
 use crate::consumer;
+use crate::gpu::{self, Running};
 use crate::measure::Watch;
 use crate::producer::{Produced, Producer};
 use crate::progress::Progress;
@@ -9,8 +10,8 @@ use crate::sums::Sums;
 use clap::ValueEnum;
 use ringest::wire::ConsumeMode;
 use ringest::{
-    DirectMode, DriverOptions, InputFile, IoQueue, IoQueueConsumer, IoQueueOptions, IoUringState, NvmeGpuIngestDriver,
-    RingOptions, SqPoll,
+    DirectMode, DriverOptions, Gpu, InputFile, IoQueue, IoQueueConsumer, IoQueueOptions, IoUringState,
+    NvmeGpuIngestDriver, Pinning, RingOptions, SqPoll,
 };
 use std::fs::File;
 use std::io::Read;
@@ -48,9 +49,13 @@ pub(crate) struct How {
     /// Bytes that a slot takes, and of each read, with an optional suffix K, M or G; 512 to 1G.
     #[arg(long, value_name = "SIZE", default_value = "1MiB", value_parser = parse_slot_bytes)]
     slot_bytes: u64,
-    /// Consumer threads.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
-    consumers: u32,
+    /// Consumer threads, or blocks on a GPU. By default one thread, or 32 blocks.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    consumers: Option<u32>,
+    /// Consume on this GPU, by a kernel that runs from before the first read to the end; its sums are compared with those
+    /// of plain reads afterwards. On a machine without a GPU threads do it, and the report says why.
+    #[arg(long, value_name = "N")]
+    gpu: Option<u32>,
     /// How they share the slots; by default single for one consumer, claimed for more.
     #[arg(long, value_enum)]
     mode: Option<Mode>,
@@ -130,25 +135,45 @@ fn parse_slot_bytes(text: &str) -> Result<u64, String> {
 impl How {
     /// How consumers share the slots, unless it cannot be.
     pub(crate) fn mode(&self) -> Outcome<ConsumeMode> {
+        let consumers = self.consumers.unwrap_or(1);
         match self.mode {
-            Some(Mode::Single) if self.consumers > 1 => {
+            Some(Mode::Single) if consumers > 1 => {
                 let what = "consumers and --mode single: use another mode, or one consumer";
-                Err(Failure(format!("{} {what}", self.consumers)))
+                Err(Failure(format!("{consumers} {what}")))
+            }
+            Some(Mode::Broadcast) if self.gpu.is_some() => {
+                Err(Failure("--gpu and --mode broadcast: use another mode".to_owned()))
             }
             Some(mode) => Ok(mode.into()),
-            None if self.consumers > 1 => Ok(ConsumeMode::Claimed),
+            None if consumers > 1 => Ok(ConsumeMode::Claimed),
             None => Ok(ConsumeMode::Single),
         }
     }
 
-    fn queue_options(&self, plan: &[Planned<'_>]) -> Outcome<IoQueueOptions> {
+    /// The same, and how many consumers: where a GPU has them, many unless told otherwise.
+    fn sharing(&self, gpu: Option<&Gpu>) -> Outcome<(ConsumeMode, u32)> {
+        let Some(gpu) = gpu else { return Ok((self.mode()?, self.consumers.unwrap_or(1))) };
+        let all = gpu.attributes().multiprocessors.max(1);
+        Ok(match (self.mode, self.consumers) {
+            (Some(Mode::Single), None) => (ConsumeMode::Single, 1),
+            (None, None) => (ConsumeMode::Claimed, gpu::BLOCKS.min(all)),
+            (Some(Mode::Partitioned), Some(consumers)) if consumers > all => {
+                // A block that has no place to run would be waited for.
+                return Err(Failure(format!("{consumers} partitions on {all} multiprocessors: use at most {all}")));
+            }
+            (_, consumers) => (self.mode()?, consumers.unwrap_or(gpu::BLOCKS.min(all))),
+        })
+    }
+
+    fn queue_options(&self, plan: &[Planned<'_>], gpu: Option<&Gpu>) -> Outcome<IoQueueOptions> {
+        let (mode, consumers) = self.sharing(gpu)?;
         let options = IoQueueOptions {
             slots: self.slots.unwrap_or_else(|| self.default_slots(plan)),
             slot_bytes: self.slot_bytes as u32,
             // The largest block that O_DIRECT reads whole, or a page.
             alignment: plan.iter().map(|file| file.block).fold(4096, u32::max).min(2 << 20),
-            mode: self.mode()?,
-            consumers: self.consumers,
+            mode,
+            consumers,
             ..IoQueueOptions::default()
         };
         let bytes = options.layout()?.slots;
@@ -218,7 +243,7 @@ pub(crate) fn ingest(files: &[PathBuf], how: &How, verify: bool) -> Outcome<Summ
     how.mode()?;
     let plan = plan(files, how.direct.into())?;
     let mut summary = transfer(&plan, how)?;
-    if verify {
+    if verify || summary.gpu.is_some() {
         for file in &mut summary.files {
             verify_file(file)?;
         }
@@ -229,8 +254,15 @@ pub(crate) fn ingest(files: &[PathBuf], how: &How, verify: bool) -> Outcome<Summ
 /// Runs producer and consumers to their end.
 fn transfer(plan: &[Planned<'_>], how: &How) -> Outcome<Summary> {
     let began = Instant::now();
-    let queue_options = how.queue_options(plan)?;
-    let queue = IoQueue::new(queue_options)?;
+    let (loaded, gpu_refusal) = match how.gpu.map(gpu::open).transpose()? {
+        Some(Ok(loaded)) => (Some(loaded), None),
+        Some(Err(reason)) => (None, Some(reason)),
+        None => (None, None),
+    };
+    let gpu = loaded.as_ref().map(|loaded| &loaded.gpu);
+    let queue_options = how.queue_options(plan, gpu)?;
+    let pinning = gpu.map_or(Pinning::Off, |gpu| Pinning::Gpus(vec![gpu.clone()]));
+    let queue = IoQueue::pinned(queue_options, &pinning)?;
     let depth = how.depth.min(queue.slots());
     let ring = IoUringState::new(how.ring_options(depth))?;
     let features = ring.features();
@@ -238,18 +270,22 @@ fn transfer(plan: &[Planned<'_>], how: &How) -> Outcome<Summary> {
     let options = DriverOptions { depth, queue_limit: depth, ..DriverOptions::default() };
     let driver = NvmeGpuIngestDriver::new(ring, Arc::clone(&queue), options)?;
     let buffer_refusal = driver.registration_refusal().cloned();
-    let consumers = (0..queue.consumers()).map(|index| queue.consumer(index)).collect::<Result<Vec<_>, _>>()?;
+    let threads = if loaded.is_some() { 0 } else { queue.consumers() };
+    let consumers = (0..threads).map(|index| queue.consumer(index)).collect::<Result<Vec<_>, _>>()?;
     let sums = ledgers(plan.len(), &queue);
+    let sequences = plan.iter().map(|file| file.len.div_ceil(how.slot_bytes)).sum();
+    let kernel = loaded.as_ref().map(|loaded| Running::start(loaded, &queue, sequences)).transpose()?;
 
     let total = plan.iter().map(|file| file.len).sum();
     let setup_seconds = began.elapsed().as_secs_f64();
     let watch = Watch::start();
-    let produced = std::thread::scope(|scope| {
+    let (produced, mut unfinished) = std::thread::scope(|scope| {
         let spawn = |(index, consumer): (usize, IoQueueConsumer)| {
             let sums = &sums[index % sums.len()];
             scope.spawn(move || consumer::run(consumer, sums))
         };
         let consumers: Vec<_> = consumers.into_iter().enumerate().map(spawn).collect();
+        let watcher = kernel.as_ref().map(|kernel| scope.spawn(|| kernel.watch()));
         let progress = Progress::new(total, how.json);
         let producer = Producer { driver, plan, mode: how.direct.into(), progress, bytes: 0, strikes: 0 };
         let produced = producer.run();
@@ -260,13 +296,20 @@ fn transfer(plan: &[Planned<'_>], how: &How) -> Outcome<Summary> {
             let consumed = consumed.map_err(|what| Failure(format!("internal error: {what}")))?;
             unfinished |= !consumed.end || consumed.poisoned > 0;
         }
-        let produced = produced?;
-        if unfinished {
-            return Err(Failure("internal error: a consumer missed what the driver says it published".to_owned()));
+        if watcher.is_some_and(|watcher| watcher.join().is_err()) {
+            return Err(Failure("internal error: the kernel's watcher panicked".to_owned()));
         }
-        Ok(produced)
+        Ok((produced, unfinished))
     })?;
     let elapsed = watch.stop();
+    if let Some(kernel) = kernel {
+        let consumed = kernel.finish(&sums[0])?;
+        unfinished |= !consumed.end || consumed.poisoned > 0;
+    }
+    let produced = produced?;
+    if unfinished {
+        return Err(Failure("internal error: a consumer missed what the driver says it published".to_owned()));
+    }
     let files = reports(plan, &produced, sums)?;
     let Produced { telemetry, stream } = produced;
     Ok(Summary {
@@ -279,6 +322,8 @@ fn transfer(plan: &[Planned<'_>], how: &How) -> Outcome<Summary> {
         queue: queue_options,
         depth,
         buffer_refusal,
+        gpu: gpu.cloned(),
+        gpu_refusal,
     })
 }
 

@@ -4,6 +4,7 @@ mod bench;
 mod consumer;
 mod demo;
 mod fio;
+mod gpu;
 mod ingest;
 mod measure;
 mod producer;

@@ -1,8 +1,9 @@
 //! What the tool says: failures, sizes, and the summary of an ingest.
 
+use crate::gpu;
 use crate::measure::{Elapsed, GIB};
 use ringest::{
-    IoQueueOptions, LatencySummary, NvmeGpuIngestTelemetry, PipelineError, ReadCount, ReadPath, RingFeatures,
+    Gpu, IoQueueOptions, LatencySummary, NvmeGpuIngestTelemetry, PipelineError, ReadCount, ReadPath, RingFeatures,
     StreamStats,
 };
 use serde_json::{Value, json};
@@ -100,6 +101,10 @@ pub(crate) struct Summary {
     pub(crate) queue: IoQueueOptions,
     pub(crate) depth: u32,
     pub(crate) buffer_refusal: Option<PipelineError>,
+    /// Where the consumers were, if not threads.
+    pub(crate) gpu: Option<Gpu>,
+    /// Why they were not where they should have been.
+    pub(crate) gpu_refusal: Option<String>,
 }
 
 /// The paths by their names in JSON.
@@ -135,7 +140,10 @@ impl Summary {
             "setup_seconds": self.setup_seconds,
             "cpu_seconds": self.elapsed.cpu,
             "cpu_s_per_gib": self.cpu_per_gib(),
-            "cpu_scope": "user + system time of the whole process, the consumers' CRC32C included",
+            "cpu_scope": match self.gpu {
+                Some(_) => "user + system time of the whole process, not the kernel's on the GPU",
+                None => "user + system time of the whole process, the consumers' CRC32C included",
+            },
             "slots": self.queue.slots,
             "slot_bytes": self.queue.slot_bytes,
             "slot_alignment": self.queue.alignment,
@@ -148,11 +156,26 @@ impl Summary {
                 "cq_entries": self.features.cq_entries,
                 "features": features,
             },
+            "gpu": self.gpu_json(),
             "commands": self.stream.commands,
             "system_calls": self.stream.enters,
             "telemetry": telemetry_json(&self.telemetry),
             "files": self.files.iter().map(FileReport::json).collect::<Vec<_>>(),
         })
+    }
+
+    /// Null where none was asked for.
+    fn gpu_json(&self) -> Value {
+        match (&self.gpu, &self.gpu_refusal) {
+            (Some(gpu), _) => json!({
+                "ordinal": gpu.ordinal(),
+                "name": gpu.attributes().name,
+                "blocks": self.queue.consumers,
+                "threads": gpu::THREADS,
+            }),
+            (None, Some(reason)) => json!({ "refused": reason }),
+            (None, None) => Value::Null,
+        }
     }
 
     /// The same, for people.
@@ -178,9 +201,18 @@ impl Summary {
         )?;
         writeln!(
             out,
-            "cpu        {:.3} s/GiB (user + system time of the process, the consumers' CRC32C included)",
-            self.cpu_per_gib()
+            "cpu        {:.3} s/GiB (user + system time of the process{})",
+            self.cpu_per_gib(),
+            if self.gpu.is_some() { "" } else { ", the consumers' CRC32C included" }
         )?;
+        if let Some(gpu) = &self.gpu {
+            let (ordinal, name, blocks) = (gpu.ordinal(), &gpu.attributes().name, self.queue.consumers);
+            let threads = gpu::THREADS;
+            writeln!(out, "gpu        {name} (GPU {ordinal}): {blocks} blocks of {threads} threads found the CRC32C")?;
+        }
+        if let Some(reason) = &self.gpu_refusal {
+            writeln!(out, "gpu        not used, the consumers were threads: {reason}")?;
+        }
         let (queue, some) = (&self.queue, if self.queue.consumers == 1 { "consumer" } else { "consumers" });
         writeln!(
             out,
