@@ -565,6 +565,29 @@ fn a_forked_child_leaves_the_driver_alone() {
 }
 
 #[cfg(feature = "testing")]
+both! {
+    fn kernels_are_loaded_from_text_and_launched_by_name(gpu: &Gpu) {
+        use ringest::gpu::{GpuModule, GpuStream, KernelParameters};
+        use std::ffi::CStr;
+        let ptx = CStr::from_bytes_with_nul(ringest::testing::ADD_PTX.as_bytes()).unwrap();
+        let module = GpuModule::from_ptx(gpu, ptx).unwrap();
+        let stream = GpuStream::new(gpu).unwrap();
+        let mut word = MappedBuffer::<u64>::alloc_on(gpu, 1).unwrap();
+        word.as_mut_slice().unwrap()[0] = 5;
+        let parameters = |value: u64| KernelParameters::new().with(word.as_device_ptr()).with(value);
+        // SAFETY: these are its parameters; the word outlives it.
+        unsafe { module.launch(c"ringest_add", &stream, 1, 1, parameters(37)).unwrap() };
+        stream.synchronize().unwrap();
+        assert!(stream.is_done().unwrap());
+        // SAFETY: there is no such kernel.
+        assert!(unsafe { module.launch(c"ringest_sub", &stream, 1, 1, parameters(1)) }.is_err());
+        assert_eq!(word.as_slice().unwrap(), [42]);
+        assert!(matches!(GpuModule::from_ptx(gpu, c"no PTX"), Err(PipelineError::Cuda { .. })));
+        assert_eq!(errno(GpuModule::from_ptx(gpu, c"\x7fELF")), libc::EINVAL);
+    }
+}
+
+#[cfg(feature = "testing")]
 mod failures {
     use super::*;
     use ringest::testing::{end_fault_plan, exercise_streams, plan_fault};
