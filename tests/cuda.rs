@@ -564,6 +564,25 @@ fn a_forked_child_leaves_the_driver_alone() {
     });
 }
 
+both! {
+    fn a_queue_for_kernels_of_one_gpu_has_its_device_block_there(gpu: &Gpu) {
+        use ringest::{IoQueue, IoQueueOptions};
+        let queue = IoQueue::on_gpu(IoQueueOptions::default(), gpu).unwrap();
+        assert_eq!(errno(queue.consumer(0)), libc::EOPNOTSUPP);
+        let view = queue.view_on(gpu).unwrap();
+        assert_eq!(view, queue.view().unwrap());
+        let mut words = [7; 128];
+        // SAFETY: the block is memory of this GPU, which the queue holds.
+        let block = unsafe { DeviceBuffer::from_raw(gpu, view.device, words.len()) }.unwrap();
+        block.copy_out(0, &mut words).unwrap();
+        assert_eq!(words, [0; 128]);
+        queue.reserve().unwrap().publish(&ringest::SlotData::default()).unwrap();
+        assert!(queue.tail() == 1 && queue.finish());
+        queue.consumers_stopped();
+        IoQueue::destroy(queue).unwrap();
+    }
+}
+
 #[cfg(feature = "testing")]
 both! {
     fn kernels_are_loaded_from_text_and_launched_by_name(gpu: &Gpu) {

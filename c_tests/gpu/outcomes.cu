@@ -81,13 +81,31 @@ static void cuda(cudaError_t error) {
     std::exit(1);
 }
 
+static void done(int32_t rc) {
+    if (rc >= 0) return;
+    std::printf("ringest: %s\n", ringest_last_error());
+    std::exit(1);
+}
+
 static ringest_buffer* pinned(uint64_t bytes) {
     void *host, *device;
     ringest_buffer* buffer;
     cuda(cudaHostAlloc(&host, bytes, cudaHostAllocMapped));
     cuda(cudaHostGetDevicePointer(&device, host, 0));
     std::memset(host, 0, bytes);
-    if (ringest_buffer_from_host(host, bytes, reinterpret_cast<uint64_t>(device), &buffer) < 0) std::abort();
+    done(ringest_buffer_from_host(host, bytes, reinterpret_cast<uint64_t>(device), &buffer));
+    return buffer;
+}
+
+// For the device block: the host never touches it.
+static ringest_buffer* on_device(uint64_t bytes) {
+    void* memory;
+    ringest_buffer* buffer;
+    cuda(cudaMalloc(&memory, bytes));
+    cuda(cudaMemset(memory, 0, bytes));
+    cuda(cudaDeviceSynchronize());
+    const auto release = [](void* of) { cudaFree(of); };
+    done(ringest_buffer_from_bar1_peer(memory, bytes, reinterpret_cast<uint64_t>(memory), release, memory, &buffer));
     return buffer;
 }
 
@@ -104,13 +122,14 @@ struct scene {
         options.size = sizeof options;
         options.slots = 8;
         options.slot_bytes = 4096;
+        options.alignment = 128;  // what any memory of cudaHostAlloc has
         options.mode = RINGEST_CONSUME_MODE_CLAIMED;
         options.consumers = blocks;
         ringest_io_queue_sizes sizes;
-        if (ringest_io_queue_layout(&options, &sizes) < 0) std::abort();
-        if (ringest_io_queue_create_in(&options, pinned(sizes.control), pinned(sizes.credit), pinned(sizes.device),
-                                       pinned(sizes.slots), &queue) < 0) std::abort();
-        if (ringest_io_queue_device_view(queue, &view) < 0) std::abort();
+        done(ringest_io_queue_layout(&options, &sizes));
+        done(ringest_io_queue_create_in(&options, pinned(sizes.control), pinned(sizes.credit), on_device(sizes.device),
+                                        pinned(sizes.slots), &queue));
+        done(ringest_io_queue_device_view(queue, &view));
         cuda(cudaHostAlloc(&results, blocks * sizeof(found), cudaHostAllocMapped));
         std::memset(results, 0, blocks * sizeof(found));
         cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));

@@ -5,7 +5,7 @@ use super::producer::{Producer, Refusal};
 use super::words::MappedWords;
 use crate::error::{PipelineError, Result};
 use crate::gpu::Gpu;
-use crate::memory::{GpuMappedBuffer, HugePages, MappedBuffer, MappedOptions, MemoryKind, Pinning};
+use crate::memory::{DeviceBuffer, GpuMappedBuffer, HugePages, MappedBuffer, MappedOptions, MemoryKind, Pinning};
 use crate::sys::thread::Process;
 use crate::uring::count_leaked_queue;
 use crate::wire::{
@@ -162,20 +162,47 @@ impl IoQueue {
     /// # Errors
     /// As [`new`](Self::new), and those of the [`Pinning`].
     pub fn pinned(options: IoQueueOptions, pinning: &Pinning) -> Result<Arc<Self>> {
+        let memory = Self::parts(&options, pinning)?;
+        // SAFETY: the memory is fresh, zeroed, and known to nobody else.
+        unsafe { Self::in_memory(options, memory) }
+    }
+
+    /// A queue for kernels of one GPU alone: page-locked like that of [`pinned`](Self::pinned), with the device block,
+    /// which its blocks work on by atomics, in the GPU's own memory. The CPU cannot consume it: [`consumer`](Self::consumer)
+    /// is refused, and [`host_view`](Self::host_view) of no use.
+    ///
+    /// # Errors
+    /// As [`pinned`](Self::pinned), and those of [`DeviceBuffer::alloc`].
+    pub fn on_gpu(options: IoQueueOptions, gpu: &Gpu) -> Result<Arc<Self>> {
+        let mut memory = Self::parts(&options, &Pinning::Gpus(vec![gpu.clone()]))?;
+        let len = options.layout()?.device as usize;
+        let mut device = DeviceBuffer::alloc(gpu, len)?;
+        device.fill(0, len, 0)?;
+        let address = device.as_device_ptr();
+        // SAFETY: the owner keeps the memory. The CPU's address stands for it in comparisons only: nothing reads or writes
+        // there, because the kind says that the CPU cannot, and no ring is given it.
+        let device = unsafe {
+            let base = std::ptr::without_provenance_mut(address as usize);
+            GpuMappedBuffer::from_bar1_peer_with_owner(base, len, address, device)
+        };
+        memory.device = device?.on_gpu(gpu)?;
+        // SAFETY: the memory is fresh, zeroed, and known to nobody else.
+        unsafe { Self::in_memory(options, memory) }
+    }
+
+    fn parts(options: &IoQueueOptions, pinning: &Pinning) -> Result<IoQueueMemory> {
         let layout = options.layout()?;
         let alloc = |bytes: u64, alignment: u32, huge_pages| {
             let options = MappedOptions { alignment: alignment as usize, huge_pages, pinning: pinning.clone() };
             MappedBuffer::<u8>::alloc_with(bytes as usize, options).map(GpuMappedBuffer::from)
         };
         let words = |bytes| alloc(bytes, 0, HugePages::Off);
-        let memory = IoQueueMemory {
+        Ok(IoQueueMemory {
             control: words(layout.control)?,
             credit: words(layout.credit)?,
             device: words(layout.device)?,
             slots: alloc(layout.slots, options.alignment, options.huge_pages)?,
-        };
-        // SAFETY: the memory is fresh, zeroed, and known to nobody else.
-        unsafe { Self::in_memory(options, memory) }
+        })
     }
 
     /// A queue in the caller's memory, each part of its own kind.

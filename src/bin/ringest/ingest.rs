@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use ringest::wire::ConsumeMode;
 use ringest::{
     DirectMode, DriverOptions, Gpu, InputFile, IoQueue, IoQueueConsumer, IoQueueOptions, IoUringState,
-    NvmeGpuIngestDriver, Pinning, RingOptions, SqPoll,
+    NvmeGpuIngestDriver, RingOptions, SqPoll,
 };
 use std::fs::File;
 use std::io::Read;
@@ -261,8 +261,10 @@ fn transfer(plan: &[Planned<'_>], how: &How) -> Outcome<Summary> {
     };
     let gpu = loaded.as_ref().map(|loaded| &loaded.gpu);
     let queue_options = how.queue_options(plan, gpu)?;
-    let pinning = gpu.map_or(Pinning::Off, |gpu| Pinning::Gpus(vec![gpu.clone()]));
-    let queue = IoQueue::pinned(queue_options, &pinning)?;
+    let queue = match gpu {
+        Some(gpu) => IoQueue::on_gpu(queue_options, gpu)?,
+        None => IoQueue::new(queue_options)?,
+    };
     let depth = how.depth.min(queue.slots());
     let ring = IoUringState::new(how.ring_options(depth))?;
     let features = ring.features();
