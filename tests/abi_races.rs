@@ -5,6 +5,24 @@ use ringest::ffi::{buffer, consumer, driver, io_queue, mapped, ring, stream, tai
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+/// Runs `body` while another thread asks for the ring's descriptor, which is there or busy, never gone.
+fn while_a_thread_looks_at(own: *const ring::ringest_ring, body: impl FnOnce()) {
+    let (over, looks) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let address = own as usize;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let fd = ring::ringest_ring_fd(address as *const ring::ringest_ring);
+                assert!(fd >= 0 || fd == -libc::EBUSY, "{fd}");
+                looks.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        body();
+        over.store(true, Ordering::Relaxed);
+    });
+    assert!(looks.load(Ordering::Relaxed) > 0);
+}
+
 #[test]
 fn a_ring_whose_stream_is_closing_is_busy_never_gone() {
     let (mut memory, mut into, mut own) = (null_mut(), null_mut(), null_mut());
@@ -18,16 +36,7 @@ fn a_ring_whose_stream_is_closing_is_busy_never_gone() {
             return;
         }
     }
-    let (over, looks) = (AtomicBool::new(false), AtomicUsize::new(0));
-    let address = own as usize;
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) {
-                let fd = ring::ringest_ring_fd(address as *const ring::ringest_ring);
-                assert!(fd >= 0 || fd == -libc::EBUSY, "{fd}");
-                looks.fetch_add(1, Ordering::Relaxed);
-            }
-        });
+    while_a_thread_looks_at(own, || {
         for _ in 0..2_000 {
             let mut handle = null_mut();
             loop {
@@ -39,9 +48,7 @@ fn a_ring_whose_stream_is_closing_is_busy_never_gone() {
             }
             while stream::ringest_stream_close(handle, -1) == -libc::EBUSY {}
         }
-        over.store(true, Ordering::Relaxed);
     });
-    assert!(looks.load(Ordering::Relaxed) > 0);
     while ring::ringest_ring_destroy(own) == -libc::EBUSY {}
     assert_eq!(buffer::ringest_buffer_release(into), 0);
     assert_eq!(mapped::ringest_mapped_free(memory), 0);
@@ -58,16 +65,7 @@ fn a_ring_whose_driver_is_closing_is_busy_never_gone() {
             return;
         }
     }
-    let (over, looks) = (AtomicBool::new(false), AtomicUsize::new(0));
-    let address = own as usize;
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !over.load(Ordering::Relaxed) {
-                let fd = ring::ringest_ring_fd(address as *const ring::ringest_ring);
-                assert!(fd >= 0 || fd == -libc::EBUSY, "{fd}");
-                looks.fetch_add(1, Ordering::Relaxed);
-            }
-        });
+    while_a_thread_looks_at(own, || {
         for _ in 0..500 {
             let mut handle = null_mut();
             loop {
@@ -80,9 +78,7 @@ fn a_ring_whose_driver_is_closing_is_busy_never_gone() {
             assert_eq!(io_queue::ringest_io_queue_destroy(queue), -libc::EBUSY);
             while driver::ringest_driver_destroy(handle) == -libc::EBUSY {}
         }
-        over.store(true, Ordering::Relaxed);
     });
-    assert!(looks.load(Ordering::Relaxed) > 0);
     while ring::ringest_ring_destroy(own) == -libc::EBUSY {}
     assert_eq!(io_queue::ringest_io_queue_destroy(queue), 0);
 }

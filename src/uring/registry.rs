@@ -506,6 +506,15 @@ impl FileTable {
         }
     }
 
+    /// What a file is now: a registered one is looked up.
+    #[inline]
+    pub(super) fn resolve(&self, file: FileRef) -> Result<FileRef> {
+        match file.registered_index() {
+            Some(index) => self.get(index),
+            None => Ok(file),
+        }
+    }
+
     /// A submission starts (1) or stops (-1) to depend on the file at an index.
     pub(super) fn count_user(&mut self, index: u32, change: i32) {
         let entry = self.entries.as_mut().and_then(|table| table.get_mut(index as usize)?.as_mut());

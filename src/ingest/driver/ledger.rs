@@ -4,8 +4,8 @@ use super::super::io_queue::IoQueue;
 use super::super::telemetry::{Histogram, NvmeGpuIngestTelemetry};
 use super::{IngestCompletion, IngestRequest};
 use crate::memory::MemoryKind;
-use crate::uring::{Completion, ReadPath};
-use crate::wire::{DESCRIPTOR_CRC32C, DESCRIPTOR_EARLY, Descriptor, NO_SEQUENCE};
+use crate::uring::Completion;
+use crate::wire::{DESCRIPTOR_CRC32C, DESCRIPTOR_EARLY, Descriptor};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
@@ -229,15 +229,12 @@ impl Ledger {
     ) {
         self.record(IngestCompletion {
             request: number,
-            sequence: NO_SEQUENCE,
             tag: request.tag,
             file_offset: request.file_offset,
             requested: request.len,
-            bytes: 0,
-            bounced: 0,
             status: -errno,
-            path: ReadPath::None,
             latency: now.saturating_sub(at),
+            ..IngestCompletion::default()
         });
     }
 
@@ -265,11 +262,9 @@ impl Ledger {
             tag: reading.tag,
             file_offset: reading.file_offset,
             requested: reading.len,
-            bytes: 0,
-            bounced: 0,
             status: -errno,
-            path: ReadPath::None,
             latency: now.saturating_sub(reading.at),
+            ..IngestCompletion::default()
         });
     }
 }

@@ -272,10 +272,7 @@ impl<'a> AsyncUringStream<'a> {
     /// What a file is now: a registered one is looked up in the ring's table.
     #[inline]
     pub(crate) fn resolve(&self, file: FileRef) -> Result<FileRef> {
-        match file.registered_index() {
-            Some(index) => self.registered_file(index),
-            None => Ok(file),
-        }
+        self.ring().files.resolve(file)
     }
 
     /// Somebody with a read that is not submitted yet starts (1) or stops (-1) to depend on a registered file.

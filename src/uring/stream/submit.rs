@@ -232,10 +232,7 @@ impl AsyncUringStream<'_> {
             return Err(PipelineError::busy("the stream", "it was finished: make a new one"));
         }
         // The table knows what the file at an index is now.
-        let file = match file.registered_index() {
-            Some(index) => flight.queue.ring().files.get(index)?,
-            None => file,
-        };
+        let file = flight.queue.ring().files.resolve(file)?;
         let buffer_offset = buffer_offset as u64;
         flight.submit(Request { file, file_offset, target, segments, buffer_offset, user_data, slack: 0 })
     }
